@@ -230,6 +230,15 @@ class Job(Frozen):
     """The content of `job.json`, all that the payload reads."""
 
 
+class Command(Frozen):
+    """A job inside its box: what a backend starts."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    """The whole environment, not an addition to one."""
+    cwd: str
+
+
 class Ticket(Frozen):
     """A started job, on disk before `submit` returns."""
 

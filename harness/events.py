@@ -4,27 +4,31 @@ Each rank writes `events.rank<N>.jsonl` in the job directory (a serving job is r
 seconds) and `m` (monotonic seconds of that host). Sizes are bytes, durations are seconds. A float that is not finite is
 written as the string "nan", "inf" or "-inf", so that the file stays JSON and the fact is kept.
 
-| kind | fields |
-|---|---|
-| start | rank, world_size, local_rank, pid, host, python, libraries {name: version}, device {type, name, total_bytes}, baseline_rss_bytes |
-| phase | name, state "begin" or "end", duration_s (at the end). Names: data, load, prepare, train, eval, save, reload, merge; start_server, bench, smoke, stop_server |
-| memory | phase (load, first_forward, backward, optimizer_step, eval, save, merge), peak_allocated_bytes, peak_reserved_bytes, device_used_bytes, peak_rss_bytes; null where it does not apply |
-| proof | what really runs: trainable_parameters, total_parameters, parameters_by_layer_type, trainable_by_layer_type, bytes_by_dtype_and_class, sharding, kernels, attention, loss_path, adapter, optimizer, activation_checkpointing; mismatches [sentence] |
-| step | step (from 1), warmup, start (Unix), step_time_s, data_wait_s, before_collective_s, tokens, padded_tokens, loss, grad_norm, learning_rate |
-| eval | loss, duration_s |
-| save | bytes, files, writer_rank, duration_s |
-| reload | ok, max_abs_logit_difference, checks {name: bool} |
-| merge | duration_s, peak_rss_bytes, path |
-| nonfinite | step, what ("loss" or "grad_norm") |
-| server | argv, port, pid |
-| ready | ready_s, weights_bytes, kv_cache_bytes, kv_cache_tokens, facts {} |
-| load_point | case_id, and the fields of `schema.LoadPoint` |
-| smoke | case_id (null: holds for all of the job), and the fields of `schema.Smoke` |
-| server_memory | peak_rss_bytes |
-| alive | what: a sign of life where nothing else is said (server start, benchmark) |
-| note | text: something a person should know |
-| error | phase, type, message, traceback |
-| end | ok |
+    start          rank, world_size, local_rank, pid, host, python, libraries {name: version},
+                   device {type, name, total_bytes}, baseline_rss_bytes
+    phase          name, state "begin" or "end", duration_s (at the end); names: data, load, prepare, train, eval,
+                   save, reload, merge; start_server, bench, smoke, stop_server
+    memory         phase (load, first_forward, backward, optimizer_step, eval, save, merge), peak_allocated_bytes,
+                   peak_reserved_bytes, device_used_bytes, peak_rss_bytes; null where it does not apply
+    proof          what really runs: trainable_parameters, total_parameters, parameters_by_layer_type,
+                   trainable_by_layer_type, bytes_by_dtype_and_class, sharding, kernels, attention, loss_path,
+                   adapter, optimizer, activation_checkpointing; mismatches [sentence]
+    step           step (from 1), warmup, start (Unix), step_time_s, data_wait_s, before_collective_s, tokens,
+                   padded_tokens, loss, grad_norm, learning_rate
+    eval           loss, duration_s
+    save           bytes, files, writer_rank, duration_s
+    reload         ok, max_abs_logit_difference, checks {name: bool}
+    merge          duration_s, peak_rss_bytes, path
+    nonfinite      step, what ("loss" or "grad_norm")
+    server         argv, port, pid
+    ready          ready_s, weights_bytes, kv_cache_bytes, kv_cache_tokens, facts {}
+    load_point     case_id, and the fields of `schema.LoadPoint`
+    smoke          case_id (null: holds for all of the job), and the fields of `schema.Smoke`
+    server_memory  peak_rss_bytes
+    alive          what: a sign of life where nothing else is said (server start, benchmark)
+    note           text: something a person should know
+    error          phase, type, message, traceback
+    end            ok
 
 An `error` line is always the last before a non-zero exit that the payload itself chose.
 """

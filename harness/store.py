@@ -1,4 +1,4 @@
-"""Run directories: every file name in them, file versions, atomic writes and the lock. The only module that opens a record."""
+"""Run directories: every file name, file versions, atomic writes and the lock. Only this module opens a record."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import json
 import os
 import shutil
 import time
@@ -72,8 +73,6 @@ def read_value(path: Path, kind: type[T], version: int) -> T:
 
 
 def _refuse_newer(path: Path, text: str, version: int) -> None:
-    import json
-
     with contextlib.suppress(ValueError):
         found: Any = json.loads(text)
         if isinstance(found, dict) and isinstance(found.get("version"), int) and found["version"] > version:

@@ -1,0 +1,258 @@
+"""argv -> one call per verb -> exit code. The only module that prints."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from harness import pipeline
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Bench and diagnose fine-tuning and serving of NVIDIA's Nemotron Nano models.",
+)
+
+Matrix = Annotated[Path, typer.Argument(help="A matrix file (YAML).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a machine.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
+Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches this shell pattern.")]
+Backend = Annotated[str, typer.Option("--backend", help="Who starts the jobs: local, or replay:RUN_DIRECTORY.")]
+Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv or found.")]
+
+
+def main() -> int:
+    """The command line; returns the exit code."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        result = app(standalone_mode=False)
+    except HarnessError as error:
+        print(f"harness: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nharness: interrupted; finished cases are kept, the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _usage(error)
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: Exception) -> int:
+    """What typer's parser refused, shown its way; anything else is our bug and keeps its traceback."""
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if type(error).__name__ == "Abort":
+        return 130
+    if show is None or code is None:
+        raise error
+    show()
+    return int(code)
+
+
+def _as_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _show(*parts: RenderableType) -> None:
+    console = _console()
+    for part in parts:
+        console.print(part)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------- verbs
+
+
+@app.command()
+def plan(
+    matrix: Matrix,
+    only: Only = None,
+    command: Annotated[
+        str | None, typer.Option("--command", help="Print the exact command line of the case of this id (or pattern).")
+    ] = None,
+    box: Box = "venv",
+    as_json: Json = False,
+) -> None:
+    """Show what a matrix would run, and what it skips and why."""
+    from harness import matrix as matrices
+    from harness import pipeline
+
+    loaded = matrices.load(matrix)
+    if command is not None:
+        commands = pipeline.commands(loaded, command, box)
+        if as_json:
+            _print_json(commands)
+        else:
+            print("\n\n".join(f"# {item['case']}\n{item['shell']}" for item in commands))
+    elif as_json:
+        print(loaded.model_dump_json(indent=1))
+    else:
+        from harness.report import terminal
+
+        _show(*terminal.plan(loaded, only))
+
+
+@app.command()
+def run(
+    matrix: Matrix,
+    runs: Runs = Path("runs"),
+    backend: Backend = "local",
+    box: Box = "venv",
+    only: Only = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed cases again.")] = False,
+    keep_artifacts: Annotated[
+        bool, typer.Option("--keep-artifacts", help="Keep checkpoints, adapters and merged models.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Measure a matrix; on an existing run directory, go on where it stopped."""
+    from harness import pipeline
+
+    options = pipeline.Options(runs, backend, box, only, retry_failed, keep_artifacts)
+    if dry_run:
+        return _dry_run(matrix, options, as_json)
+    if as_json:
+        result = pipeline.run(matrix, options)
+        _print_json(_result_json(result))
+    else:
+        result = _run_live(matrix, options)
+    return 1 if result.failed else 0
+
+
+def _dry_run(matrix: Path, options: pipeline.Options, as_json: bool) -> int:
+    from harness import pipeline, schema
+
+    loaded, cases = pipeline.pending(matrix, options)
+    ids = [schema.case_id(case) for case in cases]
+    if as_json:
+        _print_json({"run": str(options.runs / loaded.name), "would_measure": ids, "skips": len(loaded.skips)})
+    else:
+        print("\n".join(ids))
+        print(f"{len(ids)} of {len(loaded.cases)} cases to measure, {len(loaded.skips)} skips", file=sys.stderr)
+    return 0
+
+
+def _result_json(result: pipeline.Result) -> dict[str, Any]:
+    return {
+        "run": str(result.run.folder),
+        "report": str(result.page),
+        "kept": result.kept,
+        "cases": [
+            {"id": record.case_id, "status": record.status, "record": str(result.run.record_path(record.case_id))}
+            for record in result.records
+        ],
+    }
+
+
+def _run_live(matrix: Path, options: pipeline.Options) -> pipeline.Result:
+    from rich.live import Live
+
+    from harness import pipeline
+    from harness.report import terminal
+
+    console = _console()
+    if not console.is_terminal:
+        result = pipeline.run(matrix, options, _line_by_line(console))
+    else:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
+            result = pipeline.run(matrix, options, lambda progress: live.update(terminal.progress(progress)))
+    _show(*result.notes, terminal.run_table(result.records))
+    console.print(f"report: {result.page}", soft_wrap=True)
+    return result
+
+
+def _line_by_line(console: Console) -> Any:
+    """A watcher for logs: one line for each case that ends."""
+    from harness.report import terminal
+
+    seen: set[str] = set()
+
+    def watch(progress: pipeline.Progress) -> None:
+        for record in progress.records:
+            if record.case_id not in seen and (seen or len(progress.records) > progress.kept):
+                console.print(terminal.line(record, len(progress.records), progress.total), soft_wrap=True)
+            seen.add(record.case_id)
+
+    return watch
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="One run directory, or two to put side by side.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make the HTML report of a run, or compare two runs (HTML and CSV)."""
+    from harness import results, store
+
+    pages = results.make_report([store.Run.existing(path) for path in runs], out)
+    _print_json({"files": [str(page) for page in pages]}) if as_json else print("\n".join(map(str, pages)))
+
+
+@app.command()
+def show(
+    target: Annotated[str, typer.Argument(help="A run directory, a case's folder or record, or a case id.")],
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show a run or one case in the terminal."""
+    from harness import results
+    from harness.report import terminal
+
+    found = results.find(target, runs)
+    if as_json:
+        _print_json([record.model_dump(mode="json") for record in found.records])
+    elif found.case is not None:
+        _show(terminal.case(found.case, found.folder))
+    else:
+        _show(terminal.run_table(found.records))
+
+
+@app.command()
+def doctor(
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Say what this machine can do, and what to mend."""
+    from harness import boxes
+    from harness import doctor as machine
+    from harness.report import terminal
+
+    findings = machine.examine(boxes.environments_root(), runs)
+    if as_json:
+        print(findings.model_dump_json(indent=1))
+    else:
+        _show(terminal.findings(findings))
+    return 1 if findings.bad else 0
+
+
+@app.command()
+def cancel(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
+    """End a run and everything it started; finished cases are kept."""
+    from harness import pipeline, store
+
+    lines = pipeline.cancel(store.Run.existing(run))
+    _print_json({"lines": lines}) if as_json else print("\n".join(lines))

@@ -50,7 +50,7 @@ class CaseBase(Frozen):
     weights: str = "random"
     """`random`, `hub`, or an absolute path of a saved model."""
     param_dtype: DType = "bf16"
-    """Of the parameters: for `full` in fp32 the master weights, for `lora` and `qlora` that of what stays unquantized."""
+    """Of the parameters: for `full` in fp32 the master weights, for LoRA and QLoRA that of what stays unquantized."""
     thinking: bool = True
     """One policy for data, evaluation and serving: are thinking traces on."""
     seed: int = 42

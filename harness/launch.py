@@ -1,0 +1,239 @@
+"""Cases -> jobs: argv, environment variables, small files and limits. Pure: a test reads the result as text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import JsonValue
+from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
+
+from harness import catalog
+from harness.schema import (
+    LOAD_FIELDS,
+    ChainCase,
+    DeviceType,
+    EnvironmentName,
+    Job,
+    Mount,
+    ServeCase,
+    TrainCase,
+    case_id,
+    fingerprint,
+)
+
+Case = TrainCase | ServeCase | ChainCase
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+"""Cases run with the network off: a run that downloads is no measurement."""
+
+COMMON = {
+    **OFFLINE,
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONFAULTHANDLER": "1",
+}
+
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""A CPU case must not find the GPU of the machine that it happens to run on."""
+
+CPU_RANKS = {"GLOO_SOCKET_IFNAME": "lo"}
+"""The ranks share a host: no look-up of its name, which fails on many."""
+
+GPU_RANKS = {
+    "NCCL_DEBUG": "INFO",
+    "NCCL_DEBUG_SUBSYS": "INIT,ENV,NET,GRAPH",
+    "NCCL_DEBUG_FILE": "nccl.%h.%p.log",
+    # Flight Recorder: the last 2,000 collectives of each rank, written where one times out.
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "flight_recorder_rank",
+}
+"""NCCL's log and PyTorch's Flight Recorder, in the job's directory.
+
+Source: NCCL's documentation; torch 2.11 to 2.13, ProcessGroupNCCL.hpp and FlightRecorder.hpp.
+"""
+
+THREADS_ALONE = {"cpu": "2", "cuda": "8"}
+"""OMP_NUM_THREADS of a single rank. Fixed, so that one case means the same on every machine; 2 is the smallest host."""
+THREADS_TOGETHER = {"cpu": "1", "cuda": "8"}
+"""OMP_NUM_THREADS of each of several ranks."""
+
+ACCELERATE_FILE = "accelerate.yaml"
+
+
+def group(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
+    """Cases that one process serves together (equal but for their load), all others alone, in order of first sight."""
+    groups: dict[str, list[Case]] = {}
+    for case in cases:
+        key = _serve_id(case) if isinstance(case, ServeCase) else case_id(case)
+        groups.setdefault(key, []).append(case)
+    return [tuple(found) for found in groups.values()]
+
+
+def jobs(cases: tuple[Case, ...], attempt: int) -> tuple[Job, ...]:
+    """The jobs of one group, in the order to run them: one, or for a chain its training and then its serving.
+
+    `attempt` counts from 1; a job's directory is `<job id>.<attempt>`, and a chain's second job finds the first by it.
+    """
+    first = cases[0]
+    if isinstance(first, TrainCase):
+        return (_train_job(first, case_id(first), case_id(first), "none"),)
+    if isinstance(first, ServeCase):
+        together = [(case_id(case), case) for case in cases if isinstance(case, ServeCase)]
+        return (_serve_job(together, _serve_id(first), _own_model(first)),)
+    return _chain_jobs(first, attempt)
+
+
+def _chain_jobs(case: ChainCase, attempt: int) -> tuple[Job, ...]:
+    name = case_id(case)
+    keep = "merged" if case.serve.adapter == "merged" else "adapter"
+    train = _train_job(case.train, f"{name}-train", name, keep)
+    trained = _trained_model(case, f"../{train.id}.{attempt}/artifacts")
+    return train, _serve_job([(name, case.serve)], f"{name}-serve", trained)
+
+
+def _train_job(case: TrainCase, job_id: str, named: str, keep: str) -> Job:
+    payload: dict[str, JsonValue] = {
+        "job_id": job_id,
+        "role": "train",
+        "case_id": named,
+        "case": case.model_dump(mode="json"),
+        "variant": catalog.variant(case.variant).payload(),
+        "keep": keep,
+    }
+    return Job(
+        id=job_id,
+        environment="train",
+        case_ids=(named,),
+        argv=_train_argv(case),
+        env=_env(case.device, case.devices, "train"),
+        mounts=_mounts(case.weights, case.data),
+        device=case.device,
+        devices=case.devices,
+        time_limit_s=case.time_limit_s,
+        stall_s=case.stall_s,
+        files={ACCELERATE_FILE: accelerate_config(case)} if case.device == "cuda" else {},
+        payload=payload,
+    )
+
+
+def _serve_job(cases: Sequence[tuple[str, ServeCase]], job_id: str, model: dict[str, JsonValue]) -> Job:
+    first = cases[0][1]
+    payload: dict[str, JsonValue] = {
+        "job_id": job_id,
+        "role": "serve",
+        "cases": [{"id": name, "case": case.model_dump(mode="json")} for name, case in cases],
+        "variant": catalog.variant(first.variant).payload(),
+        "model": model,
+    }
+    return Job(
+        id=job_id,
+        environment="serve",
+        case_ids=tuple(name for name, _ in cases),
+        argv=("python", "-m", "harness.payload.serve", "job.json"),
+        env=_env(first.device, first.devices, "serve"),
+        mounts=_mounts(first.weights, first.adapter),
+        device=first.device,
+        devices=first.devices,
+        # One start serves them all, and each brings the time it may take.
+        time_limit_s=sum(case.time_limit_s for _, case in cases),
+        stall_s=max(case.stall_s for _, case in cases),
+        payload=payload,
+    )
+
+
+def _train_argv(case: TrainCase) -> tuple[str, ...]:
+    script = ("-m", "harness.payload.train", "job.json")
+    if case.device == "cuda":
+        tee = ("--log_dir", "logs", "--tee", "3") if case.devices > 1 else ()
+        return ("python", "-m", "accelerate.commands.launch", "--config_file", ACCELERATE_FILE, *tee, *script)
+    ranks = f"--nproc_per_node={case.devices}"
+    logs = ("--log-dir", "logs", "--redirects", "3")
+    return ("python", "-m", "torch.distributed.run", "--standalone", ranks, *logs, *script)
+
+
+def accelerate_config(case: TrainCase) -> str:
+    """The text of the file that `accelerate launch --config_file` takes, for the GPUs of one host.
+
+    fp32 parameters are computed with in bf16. bf16 parameters need no cast, and FSDP2 would turn them into fp32 under
+    `mixed_precision: bf16` (accelerate 1.15, `fsdp2_prepare_model`): not what was asked.
+    """
+    content: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        **catalog.strategies()[case.strategy].accelerate,
+        "mixed_precision": "bf16" if case.param_dtype == "fp32" else "no",
+        "num_machines": 1,
+        "num_processes": case.devices,
+        "machine_rank": 0,
+        # Any free port: several cases share a host.
+        "main_process_port": 0,
+        "main_training_function": "main",
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": False,
+        "debug": False,
+        "enable_cpu_affinity": False,
+    }
+    text = io.StringIO()
+    YAML().dump(_quoted(content), text)
+    return text.getvalue()
+
+
+def _quoted(value: Any) -> Any:
+    """`value` with its strings in quotes: accelerate reads YAML 1.1, where a bare `no` is false."""
+    if isinstance(value, dict):
+        return {name: _quoted(item) for name, item in value.items()}
+    return DoubleQuotedScalarString(value) if isinstance(value, str) else value
+
+
+def _env(device: DeviceType, ranks: int, environment: EnvironmentName) -> dict[str, str]:
+    found = dict(COMMON)
+    if environment == "train":
+        found["OMP_NUM_THREADS"] = (THREADS_ALONE if ranks == 1 else THREADS_TOGETHER)[device]
+    if device == "cpu":
+        found |= ON_CPU
+    if ranks > 1:
+        found |= CPU_RANKS if device == "cpu" else GPU_RANKS
+    return dict(sorted(found.items()))
+
+
+def _serve_id(case: ServeCase) -> str:
+    """A name for the server that `case` needs; equal for cases that differ in their load alone."""
+    engine = case.model_dump(mode="json", exclude=set(LOAD_FIELDS))
+    defaults = {name: field.default for name, field in ServeCase.model_fields.items() if not field.is_required()}
+    different = {name: value for name, value in engine.items() if name not in defaults or value != defaults[name]}
+    return f"serve-{case.variant}-tp{case.tensor_parallel}-{fingerprint(different)}"
+
+
+def _own_model(case: ServeCase) -> dict[str, JsonValue]:
+    """Paths of what a serving case brings along; the payload makes or finds the base itself."""
+    return {"base": None, "adapter": case.adapter if _is_path(case.adapter) else None, "merged": None}
+
+
+def _trained_model(case: ChainCase, artifacts: str) -> dict[str, JsonValue]:
+    """Paths of what a chain's training leaves, relative to the serving job's directory."""
+    merged = case.serve.adapter == "merged"
+    return {
+        "base": f"{artifacts}/base" if case.train.weights == "random" else None,
+        "adapter": None if merged else f"{artifacts}/adapter",
+        "merged": f"{artifacts}/merged" if merged else None,
+    }
+
+
+def _is_path(value: str) -> bool:
+    return PurePosixPath(value).is_absolute()
+
+
+def _mounts(*values: str) -> tuple[Mount, ...]:
+    """Host paths among `values`, each once."""
+    return tuple(Mount(path=value) for value in dict.fromkeys(values) if _is_path(value))

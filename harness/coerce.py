@@ -1,0 +1,79 @@
+"""Values that a stranger wrote as JSON -> values that a frozen type takes, or None. Nothing here raises."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import JsonValue
+
+from harness.scrub import scrub
+
+Json = dict[str, Any]
+
+_LARGEST = 2**63 - 1
+_DEPTH = 6
+_NODES = 1500
+_CHARS = 1000
+"""Depth, values and characters per string that free-form JSON (a proof, a server's facts) may bring into a record."""
+
+
+def real(value: Any) -> float | None:
+    """A finite float from a JSON number; a bool or a string is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def seconds(value: Any) -> float | None:
+    """A finite number that is not negative."""
+    number = real(value)
+    return number if number is not None and number >= 0 else None
+
+
+def count(value: Any) -> int | None:
+    """A whole number from 0 to 2**63 - 1; `128.0` is one, `1.5` is not."""
+    number = real(value)
+    if number is None or not 0 <= number <= _LARGEST or number != int(number):
+        return None
+    return min(int(value), _LARGEST)
+
+
+def text(value: Any, limit: int, *, keep_end: bool = False) -> str | None:
+    """A string, scrubbed and of about `limit` characters at most: its start, or its end where that is asked for."""
+    if not isinstance(value, str):
+        return None
+    found = scrub(value[-2 * limit :] if keep_end else value[: 2 * limit])
+    if len(found) <= limit:
+        return found
+    return f"[...]{found[-limit:]}" if keep_end else f"{found[:limit]}[...]"
+
+
+def mapping(value: Any) -> Json:
+    """A JSON object, or an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def json_value(value: Any) -> JsonValue:
+    """Free-form JSON, bounded in depth, in the number of its values and in the length of its strings."""
+    return _bounded(value, _DEPTH, [_NODES])
+
+
+def _bounded(value: Any, depth: int, left: list[int]) -> JsonValue:
+    left[0] -= 1
+    if left[0] < 0 or (depth == 0 and isinstance(value, dict | list)):
+        return "[...]"
+    if isinstance(value, dict):
+        items = list(value.items())[: max(0, left[0])]
+        return {text(str(key), 200) or "": _bounded(item, depth - 1, left) for key, item in items}
+    if isinstance(value, list):
+        return [_bounded(item, depth - 1, left) for item in value[: max(0, left[0])]]
+    if isinstance(value, str):
+        return text(value, _CHARS)
+    if value is None or isinstance(value, bool):
+        return value
+    return count(value) if isinstance(value, int) and value >= 0 else real(value)

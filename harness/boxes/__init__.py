@@ -1,0 +1,53 @@
+"""Where a payload's libraries come from: a box turns a job's argv into a command and says what is installed.
+
+To add a box: one module with a class that has the members of `Box`, and one line in `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from harness.boxes.found import FoundBox
+from harness.boxes.venv import VenvBox, environments_root
+from harness.catalog import nearest
+from harness.errors import HarnessError
+from harness.schema import Command, Environment, EnvironmentName, Job
+
+__all__ = ["REGISTRY", "Box", "environments_root", "get"]
+
+
+class Box(Protocol):
+    """A place to run payloads in."""
+
+    @property
+    def name(self) -> str:
+        """The word for it on the command line."""
+        ...
+
+    def environment(self, name: EnvironmentName) -> Environment:
+        """What is installed for payloads of kind `name`; HarnessError saying how to make it where it is missing."""
+        ...
+
+    def differences(self, name: EnvironmentName) -> tuple[str, ...]:
+        """Each way in which it differs from its lock, a sentence each; empty where it is pinned."""
+        ...
+
+    def wrap(self, job: Job, job_dir: Path, payload_root: Path) -> Command:
+        """The command that runs `job` in `job_dir` with the payload code of `payload_root`; pure but for reading the
+        environment variables that are let through."""
+        ...
+
+
+REGISTRY: dict[str, Callable[[Path], Box]] = {
+    "venv": VenvBox,
+    "found": FoundBox,
+}
+
+
+def get(name: str, root: Path | None = None) -> Box:
+    """The box called `name` for the checkout at `root` (default: this one); HarnessError where there is none."""
+    if name not in REGISTRY:
+        raise HarnessError(f"no box is called {name!r}{nearest(name, REGISTRY)}", f"There are: {', '.join(REGISTRY)}.")
+    return REGISTRY[name](root or environments_root().parent)

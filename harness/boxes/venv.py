@@ -1,0 +1,97 @@
+"""The box of virtual environments made by `./tools/setup` from hash-locked requirements: `.envs/<environment>`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import harness
+from harness.boxes.installed import Installed, installed, normalised
+from harness.boxes.variables import allowed
+from harness.errors import HarnessError
+from harness.schema import Command, Environment, EnvironmentName, Job
+
+LOCKS = ("cpu.txt", "cuda.txt")
+"""Hash-locked requirements of an environment, in images/<environment>/."""
+
+BOOTSTRAP = frozenset({"pip", "setuptools", "wheel"})
+"""What `python -m venv` may lay into any environment by itself."""
+
+_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;\\]+)\s*(?P<marker>;[^\\]*)?")
+
+Lock = dict[str, tuple[set[str], bool]]
+"""By name: the versions that the lock allows on some platform, and is it wanted on every one."""
+
+
+def environments_root() -> Path:
+    """The folder of the virtual environments that belong to this checkout."""
+    return Path(harness.__file__).resolve().parent.parent / ".envs"
+
+
+class VenvBox:
+    """Interpreters of `<root>/.envs/<environment>`."""
+
+    name = "venv"
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+
+    def _python(self, name: EnvironmentName) -> Path:
+        return self._root / ".envs" / name / "bin" / "python"
+
+    def _installed(self, name: EnvironmentName) -> Installed:
+        python = self._python(name)
+        if not python.exists():
+            raise HarnessError(f"the {name} environment is missing: {python}", "make it with ./tools/setup")
+        return installed(str(python))
+
+    def environment(self, name: EnvironmentName) -> Environment:
+        """What is installed; pinned where it is what one of the environment's locks says."""
+        found = self._installed(name)
+        return Environment(
+            name=name,
+            box=self.name,
+            digest=found.digest,
+            pinned=not self.differences(name),
+            python=found.python,
+            libraries=found.libraries,
+        )
+
+    def differences(self, name: EnvironmentName) -> tuple[str, ...]:
+        """How what is installed differs from the lock that it is nearest to; empty where it does not."""
+        found = self._installed(name)
+        files = [path for lock in LOCKS if (path := self._root / "images" / name / lock).exists()]
+        if not files:
+            return (f"there is no lock in images/{name}",)
+        each = [_differences(found.distributions, read_lock(path.read_text(encoding="utf-8"))) for path in files]
+        return min(each, key=len)
+
+    def wrap(self, job: Job, job_dir: Path, payload_root: Path) -> Command:
+        """The environment's python with the allowed variables, the payload's code and the job's own variables."""
+        python = self._python(job.environment)
+        env = allowed(os.environ)
+        env["PATH"] = f"{python.parent}:{env.get('PATH', os.defpath)}"
+        env["PYTHONPATH"] = str(payload_root)
+        return Command(argv=(str(python), *job.argv[1:]), env=env | job.env, cwd=str(job_dir))
+
+
+def read_lock(text: str) -> Lock:
+    """What the requirements in `text` allow; markers are not evaluated, an entry with one may be missing."""
+    lock: Lock = {}
+    for line in text.splitlines():
+        if match := _REQUIREMENT.match(line):
+            versions, always = lock.get(normalised(match["name"]), (set(), True))
+            lock[normalised(match["name"])] = (versions | {match["version"]}, always and not match["marker"])
+    return lock
+
+
+def _differences(distributions: dict[str, str], lock: Lock) -> tuple[str, ...]:
+    found = []
+    for name, version in sorted(distributions.items()):
+        if name not in lock and name not in BOOTSTRAP:
+            found.append(f"{name} {version} is installed, and the lock does not have it")
+        elif name in lock and version not in lock[name][0]:
+            found.append(f"{name} {version} is installed, and the lock says {' or '.join(sorted(lock[name][0]))}")
+    missing = (name for name, (_, always) in sorted(lock.items()) if always and name not in distributions)
+    return (*found, *(f"{name} is in the lock, and not installed" for name in missing))

@@ -15,7 +15,7 @@ from harness.errors import HarnessError
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from harness import pipeline
+    from harness import pipeline, session
 
 app = typer.Typer(
     add_completion=False,
@@ -129,9 +129,9 @@ def run(
     as_json: Json = False,
 ) -> int:
     """Measure a matrix; on an existing run directory, go on where it stopped."""
-    from harness import pipeline
+    from harness import pipeline, session
 
-    options = pipeline.Options(runs, backend, box, only, retry_failed, keep_artifacts)
+    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts)
     if dry_run:
         return _dry_run(matrix, options, as_json)
     if as_json:
@@ -142,7 +142,7 @@ def run(
     return 1 if result.failed else 0
 
 
-def _dry_run(matrix: Path, options: pipeline.Options, as_json: bool) -> int:
+def _dry_run(matrix: Path, options: session.Options, as_json: bool) -> int:
     from harness import pipeline, schema
 
     loaded, cases = pipeline.pending(matrix, options)
@@ -167,7 +167,7 @@ def _result_json(result: pipeline.Result) -> dict[str, Any]:
     }
 
 
-def _run_live(matrix: Path, options: pipeline.Options) -> pipeline.Result:
+def _run_live(matrix: Path, options: session.Options) -> pipeline.Result:
     from rich.live import Live
 
     from harness import pipeline

@@ -1,0 +1,211 @@
+"""One call of `run` before its first job: what binds it, which cases stand already, and what is left to do."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import harness
+from harness import backends, boxes, host, launch, schema, store
+from harness.errors import HarnessError
+from harness.schema import Job, Outcome, Plan, Provenance, Record, Ticket
+
+PACKAGE = Path(harness.__file__).parent
+Case = schema.TrainCase | schema.ServeCase | schema.ChainCase
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a matrix on this machine."""
+
+    runs: Path = Path("runs")
+    backend: str = "local"
+    box: str = "venv"
+    only: str | None = None
+    """A shell pattern over case ids; the others are left for another time."""
+    retry_failed: bool = False
+    keep_artifacts: bool = False
+
+
+@dataclass
+class Work:
+    """Cases on their way through their jobs."""
+
+    cases: tuple[Case, ...]
+    attempt: int
+    jobs: tuple[Job, ...]
+    tickets: list[Ticket] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    devices: frozenset[str] = frozenset()
+    started_at: float = 0.0
+
+    @property
+    def job(self) -> Job:
+        """The job that is at work, or the next to start."""
+        return self.jobs[min(len(self.outcomes), len(self.jobs) - 1)]
+
+    @property
+    def at_work(self) -> Ticket | None:
+        """The ticket of the job that has started and not been collected."""
+        return self.tickets[-1] if len(self.tickets) > len(self.outcomes) else None
+
+    @property
+    def over(self) -> bool:
+        """No job of it is left to run."""
+        return len(self.outcomes) == len(self.jobs) or bool(self.outcomes and not self.outcomes[-1].ok)
+
+
+@dataclass
+class Session:
+    """One call of `run`: what stays the same throughout, and what is done so far."""
+
+    plan: Plan
+    run: store.Run
+    options: Options
+    backend: backends.Backend
+    box: boxes.Box
+    provenance: Provenance
+    cases: tuple[Case, ...]
+    """Cases of the plan that this call looks after."""
+    free: set[str]
+    """Slots: `cpu` for the host as a whole, and the index of each GPU."""
+    done: dict[str, Record] = field(default_factory=dict)
+    kept: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def keep(self, record: Record) -> None:
+        """Write a record for good."""
+        self.run.save(record)
+        self.done[record.case_id] = record
+
+
+def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
+    """Bind the run directory to this plan and these environments; HarnessError where it holds numbers of others."""
+    box = boxes.get(options.box)
+    environments = tuple(box.environment(name) for name in _environments(plan))
+    directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
+    gpus, driver = host.gpus()
+    provenance = Provenance(
+        number_kind="replayed" if options.backend == "replay" else "measured",
+        harness_version=harness.__version__,
+        commit=host.commit(PACKAGE.parent),
+        payload_sha256=directory.stage_payload(PACKAGE),
+        matrix_sha256=plan.matrix_sha256,
+        backend=options.backend,
+        environments=environments,
+        hosts=(os.uname().nodename,),
+        cpu=host.cpu_name(),
+        cpu_count=host.cpu_count(),
+        memory_bytes=host.memory_bytes(),
+        gpus=gpus,
+        driver=driver,
+        weights="random",
+    )
+    return Session(
+        plan=plan,
+        run=directory,
+        options=options,
+        backend=backends.get(options.backend),
+        box=box,
+        provenance=provenance,
+        cases=tuple(chosen(plan, options)),
+        free={"cpu", *(str(gpu.index) for gpu in gpus)},
+    )
+
+
+def _environments(plan: Plan) -> list[schema.EnvironmentName]:
+    """Names of the environments that any job of the plan runs in."""
+    kinds = {case.kind for case in plan.cases}
+    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain"}, "serve": {"serve", "chain"}}
+    return [name for name, users in wanted.items() if kinds & users]
+
+
+def chosen(plan: Plan, options: Options) -> list[Case]:
+    """The plan's cases that these options name."""
+    pattern = options.only
+    cases = [case for case in plan.cases if not pattern or fnmatch.fnmatch(schema.case_id(case), pattern)]
+    if pattern and not cases:
+        raise HarnessError(
+            f"--only {pattern!r} matches none of the plan's cases", f"`harness plan {plan.source}` lists them"
+        )
+    return cases
+
+
+def stands(directory: store.Run, case: Case, options: Options) -> bool:
+    """Whether the case has a record that this call keeps."""
+    record = directory.record(schema.case_id(case))
+    kept = ("measured",) if options.retry_failed else ("measured", "failed")
+    return record is not None and record.status in kept
+
+
+def record_skips(session: Session) -> None:
+    """Write a record for each point of the plan that cannot or shall not run."""
+    for skip in session.plan.skips:
+        case_id = schema.case_id(skip.case)
+        if skip.rule != "duplicate" and session.run.record(case_id) is None:
+            session.run.save(skipped(skip))
+
+
+def skipped(skip: schema.Skip) -> Record:
+    """The record of a skip."""
+    return Record(
+        case_id=schema.case_id(skip.case),
+        case=skip.case,
+        status="skipped",
+        skip_rule=skip.rule,
+        skip_reason=skip.reason,
+        finished_at=time.time(),
+    )
+
+
+def pending_work(session: Session) -> list[Work]:
+    """The work left, in the plan's order; what this host cannot give becomes a skip with its reason."""
+    todo: list[Case] = []
+    for case in session.cases:
+        case_id = schema.case_id(case)
+        record = session.run.record(case_id)
+        if record is not None and stands(session.run, case, session.options):
+            session.done[case_id] = record
+            session.kept += 1
+        elif reason := _lacking(session, case):
+            session.keep(skipped(schema.Skip(case=case, rule="host_lacks_gpus", reason=reason)))
+        else:
+            todo.append(case)
+    return [_work(session, cases) for cases in launch.group(todo)]
+
+
+def _lacking(session: Session, case: Case) -> str | None:
+    gpus = len(session.provenance.gpus)
+    if case.device == "cuda" and case.devices > gpus:
+        return f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
+    return None
+
+
+def _work(session: Session, cases: tuple[Case, ...]) -> Work:
+    """The next attempt at these cases, or the last one where its jobs ended and only the record is missing."""
+    first = launch.jobs(cases, 1)
+    numbers = session.run.attempts(first[0].id)
+    latest = numbers[-1] if numbers else 0
+    if latest and not session.options.retry_failed:
+        finished = Work(cases, latest, launch.jobs(cases, latest))
+        if _take_up(session, finished):
+            return finished
+    return Work(cases, latest + 1, launch.jobs(cases, latest + 1))
+
+
+def _take_up(session: Session, work: Work) -> bool:
+    """Fill in the outcomes that an earlier control plane left; False where the attempt has to be made again."""
+    for job in work.jobs:
+        ticket = session.run.ticket(job.id, work.attempt)
+        outcome = session.run.outcome(job.id, work.attempt)
+        if ticket is None or outcome is None or outcome.interrupted or outcome.lost:
+            return False
+        work.tickets.append(ticket)
+        work.outcomes.append(outcome)
+        if not outcome.ok:
+            return True
+    return True

@@ -53,8 +53,8 @@ ADVICE = (
         "What was downloaded is not what the lock names: do not install it. Look at the mirror or proxy in use.",
     ),
     (
-        ("dns error", "error sending request", "Failed to fetch", "Could not connect", "NewConnectionError",
-         "timed out", "Connection refused", "unreachable", "No matching distribution", "not found in the package registry"),
+        ("dns error", "error sending request", "Failed to fetch", "Could not connect", "NewConnectionError", "timed out",
+         "Connection refused", "unreachable", "No matching distribution", "not found in the package registry"),
         "No package index answered. Look at the network and the proxy (HTTPS_PROXY), or point pip at a mirror or a "
         "folder of wheels (pip config set global.index-url URL, global.find-links DIR) and run this again.",
     ),
@@ -175,7 +175,7 @@ def install_locked(directory: Path, lock: Path) -> None:
     uv = PLACES["uv"].directory / "bin/uv"
     links = [f"--find-links={where}" for where in settings.get("find-links", "").split()]
     must([uv, "venv", "-q", "--clear", "--no-project", "--python", base_python(), directory], env)
-    install = [uv, "pip", "install", "-q", "--no-deps", "--require-hashes", "--compile-bytecode"]
+    install: list[str | Path] = [uv, "pip", "install", "-q", "--no-deps", "--require-hashes", "--compile-bytecode"]
     install += ["-p", directory / "bin/python"]
     torch, others = split_torch(lock.read_text())
     with tempfile.TemporaryDirectory() as scratch:

@@ -53,7 +53,7 @@ def compile_lock(lock: Path, arguments: Sequence[str]) -> None:
     """Let uv resolve the `.in` file beside `lock`."""
     settings = pip_settings()
     override = lock.with_suffix(".override")
-    argv = [PLACES["uv"].directory / "bin/uv", "--directory", lock.parent, "pip", "compile", *COMPILE]
+    argv: list[str | Path] = [PLACES["uv"].directory / "bin/uv", "--directory", lock.parent, "pip", "compile", *COMPILE]
     if lock.parent.parent.name == "images":
         links = settings.get("find-links", "").split()
         argv += [f"--find-links={where}" for where in links] or [f"--index={TORCH_INDEX}"]

@@ -90,7 +90,7 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
     gpus, driver = host.gpus()
     provenance = Provenance(
-        number_kind="replayed" if options.backend == "replay" else "measured",
+        number_kind="replayed" if options.backend.startswith("replay") else "measured",
         harness_version=harness.__version__,
         commit=host.commit(PACKAGE.parent),
         payload_sha256=directory.stage_payload(PACKAGE),

@@ -1,0 +1,117 @@
+"""What a training case leaves on disk: a base, a checkpoint that is read back, an adapter, a merged model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.payload import model as models
+from harness.payload.meter import MemoryMeter
+
+ARTIFACTS = Path("artifacts")
+BASE = ARTIFACTS / "base"
+COMPARED_TOKENS = 64
+"""Length of the one batch whose logits are compared after reloading."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
+"""Largest difference of a logit after reloading. Equal weights on one rank give 0; a sharded or mixed-precision run
+computes in another order, which moves a logit of magnitude 1 by a few units in the last place of its dtype."""
+
+
+def save_base(case: dict[str, Any], variant: dict[str, Any], tokenizer: Any, device: str) -> None:
+    """Save the random weights that both training and serving start from, with their tokenizer."""
+    base = models.build(case, variant, device, quantize=False)
+    base.save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+    write_config(BASE, variant, case["param_dtype"])
+
+
+def write_config(directory: Path, variant: dict[str, Any], param_dtype: str) -> None:
+    """Spell config.json as the hub does, which both transformers and vLLM read whatever their version."""
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[param_dtype]
+    content = {**variant["config"], "architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype}
+    (directory / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def logits(model: Any, rows: list[list[int]], device: str) -> torch.Tensor:
+    """Logits of the last positions of one row, fp32 on the CPU, in evaluation mode."""
+    model.eval()
+    ids = torch.tensor([rows[0][:COMPARED_TOKENS]], device=device)
+    with torch.no_grad():
+        found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return found.logits[:, -8:].float().cpu()
+
+
+def reload(case: dict[str, Any], variant: dict[str, Any], base: str | None, saved: Path, device: str) -> Any:
+    """The model as the checkpoint in `saved` gives it, on a base built or loaded anew (`base` None: built)."""
+    if case["method"] == "full":
+        return models.load(case, variant, str(saved), device)
+    from peft import PeftModel
+
+    fresh = models.build(case, variant, device) if base is None else models.load(case, variant, base, device)
+    return PeftModel.from_pretrained(fresh, saved)
+
+
+def check_files(case: dict[str, Any], saved: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, bool]:
+    """Are the checkpoint's files there, and do its tensors have the shapes that were trained."""
+    from safetensors import safe_open
+
+    weights = sorted(saved.glob("*.safetensors"))
+    found: dict[str, tuple[int, ...]] = {}
+    for path in weights:
+        with safe_open(path, framework="pt") as tensors:
+            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    settings = "config.json" if case["method"] == "full" else "adapter_config.json"
+    names = (settings, "tokenizer.json", "tokenizer_config.json")
+    return {"files": bool(weights) and all((saved / name).is_file() for name in names),
+            "shapes": sorted(found.values()) == sorted(shapes.values())}  # fmt: skip
+
+
+def check_tokenizer(tokenizer: Any, saved: Path, texts: list[str]) -> bool:
+    """Does the saved tokenizer give the same ids and the same chat template."""
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(saved)
+    same_ids = all(again(text)["input_ids"] == tokenizer(text)["input_ids"] for text in texts)
+    return same_ids and again.chat_template == tokenizer.chat_template and len(again) == len(tokenizer)
+
+
+def trained_shapes(model: Any, case: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the tensors that a checkpoint must hold."""
+    if case["method"] == "full":
+        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def keep_adapter(saved: Path, tokenizer: Any) -> Path:
+    """Copy the adapter out of the checkpoint, as PEFT and vLLM read it."""
+    target = ARTIFACTS / "adapter"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(saved / name, target / name)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def merge(case: dict[str, Any], variant: dict[str, Any], base: str, saved: Path, tokenizer: Any,
+          memory: MemoryMeter) -> dict[str, Any]:  # fmt: skip
+    """Merge the adapter into its unquantized base on the host, or copy a full fine-tune; fields of a `merge` event."""
+    from harness.payload.meter import rss_bytes
+
+    memory.restart()
+    began = time.monotonic()
+    target = ARTIFACTS / "merged"
+    plain = {**case, "method": "lora" if case["method"] == "qlora" else case["method"]}
+    merged = reload(plain, variant, base, saved, "cpu")
+    if case["method"] != "full":
+        merged = merged.merge_and_unload()
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    write_config(target, variant, case["param_dtype"])
+    peak = rss_bytes("VmHWM")
+    memory.record("merge")
+    return {"duration_s": time.monotonic() - began, "peak_rss_bytes": peak, "path": str(target)}

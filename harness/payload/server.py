@@ -1,0 +1,244 @@
+"""A vLLM OpenAI server: its command line as a pure function, start, wait until ready, stop."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.payload import client, processes, serverlog
+
+HOST = "127.0.0.1"
+LOG_NAME = "server.log"
+BASE_NAME = "model"
+ADAPTER_NAME = "adapter"
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `--max-lora-rank` accepts: `MaxLoRARanks` in vllm/config/lora.py."""
+CPU_KV_CACHE_GIB = "1"
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server loads."""
+
+    model: str
+    """A directory, or a checkpoint's name in the local cache."""
+    revision: str | None = None
+    dummy: bool = False
+    """The server makes up the weights."""
+    adapter: str | None = None
+    adapter_rank: int = 0
+
+    @property
+    def name(self) -> str:
+        """The model name of the requests that are measured."""
+        return ADAPTER_NAME if self.adapter else BASE_NAME
+
+
+@dataclass(frozen=True)
+class Parsers:
+    """Reasoning and tool parser that this vLLM has, and a sentence for each that the variant names in vain."""
+
+    reasoning: str | None = None
+    tool: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class ServerDied(Exception):
+    """The server's process ended by itself."""
+
+
+@dataclass
+class Server:
+    """A started server."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    started_at: float
+    memory: processes.PeakMemory
+    log: Path = field(default_factory=lambda: Path(LOG_NAME))
+
+    @property
+    def base_url(self) -> str:
+        """Where it listens."""
+        return f"http://{HOST}:{self.port}"
+
+    def check(self) -> None:
+        """Raises `ServerDied` with the first exception of its log where the process has ended."""
+        if (code := self.process.poll()) is not None:
+            ended = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            cause = serverlog.first_error(self.log_text())
+            raise ServerDied(f"the vLLM server ended with {ended}" + (f": {cause}" if cause else ""))
+
+    def log_text(self) -> str:
+        """All that it wrote so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def argv(
+    python: str, case: dict[str, Any], variant: dict[str, Any], served: Served, parsers: Parsers, port: int
+) -> list[str]:
+    """The server's command line."""
+    cache_dtype = variant["serving"].get("mamba_ssm_cache_dtype")
+    command = [
+        python, "-m", "vllm.entrypoints.cli.main", "serve", served.model,
+        "--host", HOST, "--port", str(port), "--served-model-name", BASE_NAME,
+        "--dtype", DTYPES[case["param_dtype"]], "--seed", str(case["seed"]),
+        "--max-model-len", str(case["max_model_len"]), "--max-num-seqs", str(case["max_num_seqs"]),
+        "--tensor-parallel-size", str(case["tensor_parallel"]),
+    ]  # fmt: skip
+    command += ["--revision", served.revision] if served.revision else []
+    command += ["--load-format", "dummy"] if served.dummy else []
+    command += ["--enforce-eager"] if case["enforce_eager"] else []
+    command += ["--mamba-ssm-cache-dtype", cache_dtype] if cache_dtype else []
+    if case["device"] == "cuda":  # on a CPU that share would be of the host's memory
+        command += ["--gpu-memory-utilization", str(case["gpu_memory_utilization"])]
+    return command + _lora(served) + _chat(case, variant, parsers)
+
+
+def _lora(served: Served) -> list[str]:
+    if served.adapter is None:
+        return []
+    rank = next((size for size in LORA_RANKS if size >= served.adapter_rank), served.adapter_rank)
+    modules = ["--lora-modules", f"{ADAPTER_NAME}={served.adapter}"]
+    return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank), *modules]
+
+
+def _chat(case: dict[str, Any], variant: dict[str, Any], parsers: Parsers) -> list[str]:
+    """Thinking policy where it is a template argument, and the parsers."""
+    flags = []
+    if variant["serving"].get("thinking") == "template_kwarg":
+        flags += ["--default-chat-template-kwargs", json.dumps({"enable_thinking": case["thinking"]})]
+    flags += ["--reasoning-parser", parsers.reasoning] if parsers.reasoning else []
+    return flags + (["--enable-auto-tool-choice", "--tool-call-parser", parsers.tool] if parsers.tool else [])
+
+
+def parsers_for(variant: dict[str, Any], weights: str, known: dict[str, set[str]]) -> Parsers:
+    """The variant's parsers as far as `known` (kind -> names) has them; none for what has no trained weights."""
+    wanted = {kind: variant["serving"].get(f"{kind}_parser") for kind in ("reasoning", "tool")}
+    wanted = {kind: name for kind, name in wanted.items() if name}
+    if not variant.get("checkpoint") or not wanted:
+        return Parsers()
+    if weights == "random":
+        listed = " and ".join(f"{kind} parser {name}" for kind, name in wanted.items())
+        return Parsers(notes=(f"Not used: {listed}; random weights write nothing to parse.",))
+    notes = [
+        f"Not used: {kind} parser {name}, which this vLLM does not have built in."
+        for kind, name in wanted.items()
+        if name not in known[kind]
+    ]
+    used = {kind: name for kind, name in wanted.items() if name in known[kind]}
+    return Parsers(used.get("reasoning"), used.get("tool"), tuple(notes))
+
+
+def known_parsers() -> dict[str, set[str]]:
+    """Parser names that the installed vLLM registers, read from its source because importing it takes seconds."""
+    spec = importlib.util.find_spec("vllm")
+    root = Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
+    folders = {"reasoning": root / "reasoning", "tool": root / "tool_parsers"}
+    files = {kind: folder / "__init__.py" for kind, folder in folders.items()}
+    return {kind: registered(file.read_text("utf-8")) if file.exists() else set() for kind, file in files.items()}
+
+
+def registered(source: str) -> set[str]:
+    """String keys of the dictionaries named `_..._PARSERS_TO_REGISTER` in a module's source."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and target.id.endswith("_PARSERS_TO_REGISTER") and isinstance(value, ast.Dict):
+            found |= {key.value for key in value.keys if isinstance(key, ast.Constant)}
+    return found
+
+
+def environment(device: str, job_dir: Path) -> dict[str, str]:
+    """The environment of every child: this one's, no telemetry, no proxy to ourselves, `vllm` known by its name."""
+    found = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+    found["NO_PROXY"] = found["no_proxy"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), HOST, "localhost"]))
+    if device == "cpu":
+        found.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_KV_CACHE_GIB)
+    if shim := _shim(job_dir):
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(shim), os.environ.get("PYTHONPATH")]))
+    return found
+
+
+def _shim(job_dir: Path) -> Path | None:
+    """A folder that names the CPU build, installed as `vllm-cpu`, `vllm` too: vLLM looks its own version up by that."""
+    versions = library_versions(("vllm", "vllm-cpu"))
+    if "vllm" in versions or "vllm-cpu" not in versions:
+        return None
+    version = f"{versions['vllm-cpu'].split('+')[0]}+cpu"
+    folder = job_dir / "shim" / f"vllm-{version}.dist-info"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
+    return folder.parent
+
+
+def library_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those that are installed, without importing any."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def start(command: list[str], env: dict[str, str], port: int) -> Server:
+    """Start it in a session of its own; its output goes to the log file."""
+    with open(LOG_NAME, "ab") as log:
+        started_at = time.monotonic()
+        process = subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return Server(process, port, started_at, processes.PeakMemory(process.pid))
+
+
+def wait_ready(server: Server, alive: Callable[[], None]) -> float:
+    """Seconds from the start until `/health` answers; calls `alive` often, raises `ServerDied`."""
+    while True:
+        server.check()
+        if client.alive(server.base_url):
+            return time.monotonic() - server.started_at
+        alive()
+        time.sleep(0.25)
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """How a server ended."""
+
+    duration_s: float
+    killed: list[int]
+    """Processes that SIGTERM did not end in time."""
+    shared_memory_removed: list[str]
+
+
+def stop(server: Server, grace_s: float) -> Stopped:
+    """End its whole session, remove the shared memory it left; RuntimeError where a process stays."""
+    began = time.monotonic()
+    session = server.process.pid
+    segments = server.memory.segments | processes.shared_memory(processes.in_session(session))
+    server.memory.stop()
+    killed = processes.end(session, grace_s)
+    server.process.wait(timeout=10)
+    return Stopped(time.monotonic() - began, killed, processes.remove_shared(segments))

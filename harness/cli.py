@@ -241,7 +241,7 @@ def doctor(
     from harness import doctor as machine
     from harness.report import terminal
 
-    findings = machine.examine(boxes.environments_root(), runs)
+    findings = machine.examine(runs, boxes.get("venv").differences)
     if as_json:
         print(findings.model_dump_json(indent=1))
     else:

@@ -249,6 +249,7 @@ def _error(seen: Seen, rank: RankSeen, event: Json) -> None:
     seen.errors.append(
         {
             "rank": rank.rank,
+            "case_id": text(event.get("case_id"), 200),
             "t": real(event.get("t")),
             "phase": text(event.get("phase"), 40) or rank.last_phase,
             "type": text(event.get("type"), 200) or "",

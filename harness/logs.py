@@ -1,7 +1,7 @@
 """The log files of a job as one text in which each line still knows its file and number.
 
-Parts are joined under heads of their own, `==> <file>:<number of the next line> <==`. The text is scrubbed, and of a long
-file only the start and the end are read.
+Parts are joined under heads of their own, `==> <file>:<number of the next line> <==`. The text is scrubbed, and of a
+long file only the start and the end are read.
 """
 
 from __future__ import annotations

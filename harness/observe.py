@@ -132,9 +132,10 @@ def _serve(seen: Seen, ids: set[str]) -> ServeObservation | None:
     return ServeObservation(**facts, load=load, smoke=smoke, facts=seen.server_facts)
 
 
-def _errors(halves: Sequence[Seen]) -> tuple[dict[str, JsonValue], ...]:
-    """The earliest errors; beyond a budget of characters they lose their traceback."""
-    errors = sorted((e for seen in halves for e in seen.errors), key=lambda e: math.inf if e["t"] is None else e["t"])
+def _errors(halves: Sequence[Seen], ids: set[str]) -> tuple[dict[str, JsonValue], ...]:
+    """The earliest errors of this case or of its whole job; beyond a budget of characters they lose their traceback."""
+    own = [error for seen in halves for error in seen.errors if error["case_id"] in {None, *ids}]
+    errors = sorted(own, key=lambda error: math.inf if error["t"] is None else error["t"])
     spent, found = 0, []
     for error in errors[:MAX_ERRORS]:
         spent += len(error["traceback"]) + len(error["message"])
@@ -170,7 +171,7 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         ranks=ranks,
         train=_train(train, warmup_steps),
         serve=_serve(serve, ids),
-        errors=_errors(halves),
+        errors=_errors(halves, ids),
         notes=tuple({**train.notes, **serve.notes})[:MAX_NOTES],
         libraries={**serve.libraries, **train.libraries},
         problems=_problems(halves),

@@ -1,0 +1,5 @@
+"""Names what failed, who began it, and what to change first."""
+
+from harness.triage.verdict import diagnose
+
+__all__ = ["diagnose"]

@@ -1,0 +1,158 @@
+"""The keys that a block takes, and how each value is read and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from harness import catalog
+from harness.catalog import nearest
+from harness.matrix.source import Node, refuse_unknown, shown
+from harness.schema import CaseBase, ServeCase, TrainCase
+
+Read = Callable[[str, Node], Any]
+"""Key and node -> the value of one point; HarnessError where it cannot be one."""
+
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s|m|h)")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+@cache
+def _adapter(case: type[CaseBase], name: str) -> TypeAdapter[Any]:
+    field = case.model_fields[name]
+    kind: Any = field.annotation
+    for constraint in field.metadata:
+        kind = Annotated[kind, constraint]
+    return TypeAdapter(kind)
+
+
+def _field(case: type[CaseBase], name: str, key: str, node: Node) -> Any:
+    """A value as the case's field of that name allows it, nothing converted."""
+    try:
+        return _adapter(case, name).validate_python(node.value, strict=True)
+    except ValidationError as problem:
+        error = problem.errors()[0]
+        return node.fail(f"{key}: {_complaint(error['type'], error.get('ctx', {}), node)}")
+
+
+def _complaint(kind: str, context: dict[str, Any], node: Node) -> str:
+    """A sentence for what pydantic found wrong."""
+    value = shown(node)
+    if kind == "literal_error":
+        words = re.findall(r"'([^']*)'", context["expected"])
+        return f"{value} is not one of {', '.join(words)}{nearest(str(node.value), words)}"
+    bounds = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt")}
+    bounds |= {"less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}
+    if kind in bounds:
+        words_, name = bounds[kind]
+        return f"must be {words_} {context[name]:g}, not {value}"
+    wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "a word"}
+    wanted["finite"] = "a finite number"
+    return f"must be {wanted.get(kind.split('_')[0], 'another kind of value')}, not {value}"
+
+
+def _variant(key: str, node: Node) -> str:
+    if node.value not in catalog.variants():
+        known = list(catalog.variants())
+        node.fail(f"{key}: no variant is called {shown(node)}{nearest(str(node.value), known)}",
+                  f"the catalog has: {', '.join(known)}")  # fmt: skip
+    return str(node.value)
+
+
+def _seconds(key: str, node: Node) -> float:
+    """Seconds as a number, or with a unit: 90, "90s", "10m", "2h"."""
+    match = _DURATION.fullmatch(str(node.value))
+    if isinstance(node.value, bool) or not (match or isinstance(node.value, int | float)):
+        node.fail(f"{key}: must be seconds or a time such as 10m or 2h, not {shown(node)}")
+    value = float(match["number"]) * _SECONDS[match["unit"]] if match else float(node.value)
+    if not 0 < value < float("inf"):
+        node.fail(f"{key}: must be more than 0 seconds, not {shown(node)}")
+    return value
+
+
+def _targets(key: str, node: Node) -> tuple[str, ...]:
+    if not isinstance(node.value, list) or not node.value:
+        node.fail(f"{key}: must be a list of module names, not {shown(node)}", "such as [in_proj, q_proj]")
+    return tuple(_field(CaseBase, "variant", key, name) for name in node.value)
+
+
+def _path_or(words: tuple[str, ...], need: str, what: str, key: str, node: Node) -> str:
+    """One of `words`, or the absolute path of something that exists, relative paths taken from the matrix's folder.
+
+    `need` is a file that a folder must hold, or empty where a file itself is wanted.
+    """
+    if node.value in words:
+        return str(node.value)
+    text = _field(CaseBase, "variant", key, node)
+    path = (Path(node.file).parent / text).resolve()
+    if path.joinpath(need).is_file():
+        return str(path)
+    missing = f"{path} has no {need}" if need and path.is_dir() else f"there is no {path}"
+    return node.fail(f"{key}: {shown(node)} is neither {', '.join(words)} nor {what}: {missing}{nearest(text, words)}")
+
+
+def _load_point(key: str, node: Node) -> dict[str, Any]:
+    found = node.mapping(key)
+    refuse_unknown(found, LOAD, key)
+    return {name: LOAD[name](f"{key}: {name}", value) for name, value in found.items()}
+
+
+def _no_ladder(key: str, node: Node) -> str:
+    if node.value != "off":
+        node.fail(f"{key}: {shown(node)} is not supported yet", "write `ladder: off`, or leave the key out")
+    return "off"
+
+
+def _of(case: type[CaseBase], *names: str) -> dict[str, Read]:
+    return {name: partial(_field, case, name) for name in names}
+
+
+LOAD: dict[str, Read] = _of(ServeCase, "concurrency", "input_len", "output_len", "requests")
+"""Keys of a load point."""
+
+WEIGHTS = partial(_path_or, ("random", "hub"), "config.json", "the folder of a saved model")
+DATA = partial(_path_or, ("synthetic",), "", "a JSONL file")
+ADAPTER = partial(_path_or, ("none",), "adapter_config.json", "the folder of a saved adapter")
+
+
+def _trained(key: str, node: Node) -> str:
+    if node.value not in ("adapter", "merged"):
+        node.fail(f"{key}: a chain serves what it trained: adapter or merged, not {shown(node)}")
+    return str(node.value)
+
+
+COMMON: dict[str, Read] = {
+    "variant": _variant,
+    **_of(CaseBase, "device", "param_dtype", "thinking", "seed"),
+    "weights": WEIGHTS,
+    "repeat": partial(_field, TrainCase, "micro_batch"),
+    "time_limit": _seconds,
+    "stall": _seconds,
+    "ladder": _no_ladder,
+}
+"""Keys of every block."""
+
+TRAIN_ONLY: dict[str, Read] = {
+    **_of(TrainCase, "method", "seq_len", "micro_batch", "grad_accum", "devices", "strategy"),
+    **_of(TrainCase, "activation_checkpointing", "optimizer", "learning_rate", "lora_rank", "lora_alpha"),
+    "lora_targets": _targets,
+    **_of(TrainCase, "attention", "steps", "warmup_steps"),
+    "data": DATA,
+}
+
+SERVE_ONLY: dict[str, Read] = {
+    **_of(ServeCase, "tensor_parallel", "max_model_len", "max_num_seqs"),
+    "adapter": ADAPTER,
+    **_of(ServeCase, "enforce_eager", "gpu_memory_utilization"),
+    "load": _load_point,
+}
+
+CHAIN_SERVE_ONLY: dict[str, Read] = {**SERVE_ONLY, "adapter": _trained}
+
+FIELDS = {"time_limit": "time_limit_s", "stall": "stall_s"}
+"""Keys that are called otherwise in a case."""

@@ -90,10 +90,9 @@ def _holds(signature: Signature, fields: Mapping[str, str]) -> bool:
 
 def _quoted(signature: Signature | None, fields: Mapping[str, str]) -> str:
     """The line of an error that says it: the one that matched, else the first of its message."""
-    lines = [line for name in ("message", "type", "traceback") for line in fields[name].splitlines() if line.strip()]
-    if signature:
-        lines = [line for line in lines if signature.pattern.search(line)] or lines
-    return lines[0].strip() if lines else ""
+    lines = [line.strip() for name in ("message", "traceback") for line in fields[name].splitlines() if line.strip()]
+    matched = [line for line in lines if signature and signature.pattern.search(line)]
+    return next(iter(matched or lines), fields["type"])
 
 
 def rank_of(line: Line) -> int | None:

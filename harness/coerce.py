@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pydantic import JsonValue
@@ -12,6 +11,9 @@ from harness.scrub import scrub
 Json = dict[str, Any]
 
 _LARGEST = 2**63 - 1
+_LARGEST_REAL = 1e100
+_LARGEST_SECONDS = 1e12
+"""Beyond these a number is no measurement, and sums of it might leave the range of a float."""
 _DEPTH = 6
 _NODES = 1500
 _CHARS = 1000
@@ -19,20 +21,20 @@ _CHARS = 1000
 
 
 def real(value: Any) -> float | None:
-    """A finite float from a JSON number; a bool or a string is none."""
+    """A float from a JSON number that is finite and not absurdly large; a bool or a string is none."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= _LARGEST_REAL else None
 
 
 def seconds(value: Any) -> float | None:
     """A finite number that is not negative."""
     number = real(value)
-    return number if number is not None and number >= 0 else None
+    return number if number is not None and 0 <= number <= _LARGEST_SECONDS else None
 
 
 def count(value: Any) -> int | None:

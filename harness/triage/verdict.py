@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.logs import split
-from harness.schema import Case, ClaimStatus, Culprit, Diagnosis, Evidence, Observation, Outcome
+from harness.schema import Case, ClaimStatus, Culprit, Diagnosis, Evidence, Nonfinite, Observation, Outcome
 from harness.triage import advice
 from harness.triage.hits import QUOTE_CHARS, Hit, in_events, in_log
 from harness.triage.missing import missing, training_of
@@ -95,18 +95,29 @@ def _nan_loss(facts: Facts) -> Diagnosis | None:
     found = facts.observation.train.nonfinite if facts.observation.train else None
     if not found:
         return None
-    alone = training_of(facts.case)
+    status = _nonfinite_status(facts.observation, found)
     return Diagnosis(
         failure_class="nan_loss",
         phase="eval" if found.what == "eval_loss" else "train",
         summary=f"The {found.what.replace('_', ' ')} was not finite, first at step {found.step} on rank {found.rank}.",
-        culprit=Culprit(rank=found.rank, host=_host(facts, found.rank)),
+        culprit=_culprit(facts, found.rank if status != "unknown" else None),
         class_status="established",
-        culprit_status="established" if alone and alone.devices == 1 else "supported",
+        culprit_status=status,
         cause_status="unknown",
         evidence=_evidence(facts, [hit for hit in facts.events if hit.failure_class == "nan_loss"]),
         next_step=_next_of("nan_loss", facts),
     )
+
+
+def _nonfinite_status(observation: Observation, found: Nonfinite) -> ClaimStatus:
+    """How sure it is that this rank began it: a gradient norm is that of all ranks, and so is a NaN that all have."""
+    others = [rank for rank in observation.ranks if rank.rank != found.rank]
+    if found.what != "loss":
+        return "unknown" if others else "established"
+    losses = [dict(zip(rank.steps.step, rank.steps.loss, strict=True)) for rank in others]
+    if any(found.step in loss and loss[found.step] is None for loss in losses):
+        return "unknown"
+    return "established" if all(found.step in loss for loss in losses) else "supported"
 
 
 def _host_memory(facts: Facts) -> Diagnosis | None:

@@ -32,8 +32,8 @@ def load(path: Path) -> Plan:
     """The plan of the matrix in `path`; one HarnessError with file, line, key and nearest key for the first mistake."""
     document, content = read(path)
     top = document.mapping("a matrix")
-    refuse_unknown(top, TOP, "a matrix")
     _check_version(document, top)
+    refuse_unknown(top, TOP, "a matrix")
     cases, skips = _sorted_out(_all_points(document, top))
     return Plan(
         name=_name(document, top),
@@ -69,12 +69,12 @@ def _name(document: Node, top: dict[str, Node]) -> str:
 def _all_points(document: Node, top: dict[str, Node]) -> Iterator[tuple[Kind, Point, Exclusion | None]]:
     """Every point of every block, in the order of the file within train, serve and chain."""
     defaults = _defaults(top)
-    if not any(kind in top for kind in KINDS):
-        document.fail("a matrix needs at least one of train, serve and chain")
-    for kind in KINDS:
-        for block in top[kind].items() if kind in top else ():
-            for point, exclusion in expand(kind, block, defaults):
-                yield kind, point, exclusion
+    blocks = [(kind, block) for kind in KINDS if kind in top for block in top[kind].items()]
+    if not blocks:
+        document.fail("a matrix needs at least one block under train, serve or chain")
+    for kind, block in blocks:
+        for point, exclusion in expand(kind, block, defaults):
+            yield kind, point, exclusion
 
 
 def _defaults(top: dict[str, Node]) -> dict[str, Node]:

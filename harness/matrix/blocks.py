@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ DEFAULTS: Readers = {name: read for name, read in {**READERS["train"], **READERS
 class Axis:
     """The values of one key, and where they stand."""
 
-    values: tuple[Any, ...]
+    values: Sequence[Any]
     node: Node
 
 
@@ -148,7 +148,7 @@ def _axes(nodes: dict[str, Node], readers: Readers) -> Axes:
 
 def _axis(name: str, node: Node, read: Read) -> Axis:
     if _last(name) == "repeat":
-        return Axis(tuple(range(read(name, node))), node)
+        return Axis(range(read(name, node)), node)
     items = _values(name, node)
     if not items:
         node.fail(f"{name}: an empty list has no value to try")
@@ -208,7 +208,7 @@ def _exclusion(kind: Kind, entry: Node) -> Exclusion:
     found = _flat(entry.mapping("a point of exclude"), readers, "a point of exclude")
     if not found:
         entry.fail("an empty point would exclude everything")
-    return Exclusion({name: axis.values for name, axis in _axes(found, readers).items()}, entry)
+    return Exclusion({name: tuple(axis.values) for name, axis in _axes(found, readers).items()}, entry)
 
 
 def _whole(point: Point) -> Point:

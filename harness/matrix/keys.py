@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from harness import catalog
 from harness.catalog import nearest
@@ -28,7 +28,7 @@ def _adapter(case: type[CaseBase], name: str) -> TypeAdapter[Any]:
     kind: Any = field.annotation
     for constraint in field.metadata:
         kind = Annotated[kind, constraint]
-    return TypeAdapter(kind)
+    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
 def _field(case: type[CaseBase], name: str, key: str, node: Node) -> Any:
@@ -117,7 +117,14 @@ LOAD: dict[str, Read] = _of(ServeCase, "concurrency", "input_len", "output_len",
 
 WEIGHTS = partial(_path_or, ("random", "hub"), "config.json", "the folder of a saved model")
 DATA = partial(_path_or, ("synthetic",), "", "a JSONL file")
-ADAPTER = partial(_path_or, ("none",), "adapter_config.json", "the folder of a saved adapter")
+
+
+def _adapter_to_serve(key: str, node: Node) -> str:
+    if node.value in ("adapter", "merged"):
+        node.fail(
+            f"{key}: {node.value} is what a chain has trained", "use a chain block, or give a saved adapter's folder"
+        )
+    return _path_or(("none",), "adapter_config.json", "the folder of a saved adapter", key, node)
 
 
 def _trained(key: str, node: Node) -> str:
@@ -147,7 +154,7 @@ TRAIN_ONLY: dict[str, Read] = {
 
 SERVE_ONLY: dict[str, Read] = {
     **_of(ServeCase, "tensor_parallel", "max_model_len", "max_num_seqs"),
-    "adapter": ADAPTER,
+    "adapter": _adapter_to_serve,
     **_of(ServeCase, "enforce_eager", "gpu_memory_utilization"),
     "load": _load_point,
 }

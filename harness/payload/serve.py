@@ -76,7 +76,6 @@ def _finish(session: Session) -> int:
     if not session.failures:
         session.log.write("end", ok=True)
         return 0
-    print(session.server_tail(200), file=sys.stderr)
     for failure in session.failures:
         print("{phase}: {type}: {message}".format(**failure.fields), file=sys.stderr, flush=True)
         session.log.write("error", **failure.fields)

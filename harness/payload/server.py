@@ -165,7 +165,7 @@ def registered(source: str) -> set[str]:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and target.id.endswith("_PARSERS_TO_REGISTER") and isinstance(value, ast.Dict):
-            found |= {key.value for key in value.keys if isinstance(key, ast.Constant)}
+            found |= {str(key.value) for key in value.keys if isinstance(key, ast.Constant)}
     return found
 
 

@@ -18,6 +18,7 @@ from harness.payload import client, processes, server, serverlog
 
 ALIVE_EVERY_S = 2.0
 POLL_S = 0.25
+DYING_S = 10.0
 
 
 class Ended(BaseException):
@@ -131,8 +132,20 @@ class Session:
         try:
             yield
         except Exception as error:
-            raise Failed(name, error, log_tail=self.server_tail(), **more) from error
+            raise Failed(name, self._cause(error), log_tail=self.server_tail(), **more) from error
         self.log.write("phase", name=name, state="end", duration_s=time.monotonic() - began)
+
+    def _cause(self, error: Exception) -> Exception:
+        """The server's death where that is behind `error`; it may take a few seconds to die of its engine's."""
+        if self.running is None or isinstance(error, server.ServerDied) or client.alive(self.running.base_url):
+            return error
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.running.process.wait(timeout=DYING_S)
+        try:
+            self.running.check()
+        except server.ServerDied as died:
+            return died
+        return error
 
     def server_tail(self, lines: int = 60) -> str:
         """The end of the server's log, where there is one."""

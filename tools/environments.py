@@ -46,6 +46,10 @@ PLACES = {
 }
 STANDS_IN = {"harness": ("harness", "tests")}
 """Environments that hold all that another one would: the tests' has the control plane in it."""
+OFFLINE = (
+    *("dns error", "error sending request", "Failed to fetch", "Could not connect", "NewConnectionError"),
+    *("timed out", "Connection refused", "unreachable", "No matching distribution", "in the package registry"),
+)
 ADVICE = (
     (("No space left",), "Free some disk space (all environments need about 5 GB) and run this again."),
     (
@@ -53,12 +57,12 @@ ADVICE = (
         "What was downloaded is not what the lock names: do not install it. Look at the mirror or proxy in use.",
     ),
     (
-        ("dns error", "error sending request", "Failed to fetch", "Could not connect", "NewConnectionError", "timed out",
-         "Connection refused", "unreachable", "No matching distribution", "not found in the package registry"),
+        OFFLINE,
         "No package index answered. Look at the network and the proxy (HTTPS_PROXY), or point pip at a mirror or a "
         "folder of wheels (pip config set global.index-url URL, global.find-links DIR) and run this again.",
     ),
-)  # fmt: skip
+)
+"""The next step, by what a failed installation said."""
 
 
 def fail(message: str, next_step: str) -> NoReturn:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from harness.schema import Frozen
 
 State = Literal["ok", "warn", "bad", "absent"]
@@ -19,6 +21,12 @@ class Finding(Frozen):
     """One sentence."""
     mend: str = ""
     """What to do; never empty where the status is not `ok`."""
+
+    @model_validator(mode="after")
+    def _says_what_to_mend(self) -> Finding:
+        if self.status != "ok" and not self.mend:
+            raise ValueError(f"the finding on {self.topic} does not say what to mend")
+        return self
 
 
 class Findings(Frozen):

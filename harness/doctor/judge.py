@@ -309,7 +309,8 @@ def environment(name: str, missing: str | None, differences: Iterable[str]) -> F
     """A payload environment: there, and what its lock says?"""
     topic, differing = f"environment {name}", tuple(differences)
     if missing is not None:
-        return _finding(topic, "bad", f"Not usable: {missing}.", f"./tools/setup {name}")
+        mend = f"./tools/setup {name} (or --box found, where Python's own libraries are to be used)"
+        return _finding(topic, "bad", f"Not usable: {missing}.", mend)
     if differing:
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         text = f"Not what its lock says: {differing[0]}{more}."

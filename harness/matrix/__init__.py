@@ -34,9 +34,10 @@ def load(path: Path) -> Plan:
     top = document.mapping("a matrix")
     _check_version(document, top)
     refuse_unknown(top, TOP, "a matrix")
+    name = _name(document, top)
     cases, skips = _sorted_out(_all_points(document, top))
     return Plan(
-        name=_name(document, top),
+        name=name,
         source=str(path),
         matrix_sha256=hashlib.sha256(content).hexdigest(),
         cases=tuple(cases),

@@ -99,7 +99,9 @@ def shown(node: Node) -> str:
         return "a list"
     if isinstance(node.value, dict):
         return "a mapping"
-    return {None: "nothing", True: "true", False: "false"}.get(node.value, repr(node.value))
+    if node.value is None or isinstance(node.value, bool):
+        return {None: "nothing", True: "true", False: "false"}[node.value]
+    return repr(node.value)
 
 
 def refuse_unknown(found: dict[str, Node], known: Iterable[str], where: str) -> None:

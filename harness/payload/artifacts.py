@@ -37,11 +37,12 @@ def write_config(directory: Path, variant: dict[str, Any], param_dtype: str) -> 
     (directory / "config.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def logits(model: Any, rows: list[list[int]], device: str) -> torch.Tensor:
-    """Logits of the last positions of one row, fp32 on the CPU, in evaluation mode."""
+def logits(model: Any, rows: list[list[int]], case: dict[str, Any], device: str) -> torch.Tensor:
+    """Logits of the last positions of one row, fp32 on the CPU, in evaluation mode and the precision of training."""
     model.eval()
     ids = torch.tensor([rows[0][:COMPARED_TOKENS]], device=device)
-    with torch.no_grad():
+    precision = torch.autocast(case["device"], torch.bfloat16, enabled=models.autocast(case))
+    with torch.no_grad(), precision:
         found = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return found.logits[:, -8:].float().cpu()
 
@@ -53,7 +54,20 @@ def reload(case: dict[str, Any], variant: dict[str, Any], base: str | None, save
     from peft import PeftModel
 
     fresh = models.build(case, variant, device) if base is None else models.load(case, variant, base, device)
-    return PeftModel.from_pretrained(fresh, saved)
+    adapted = PeftModel.from_pretrained(fresh, saved)
+    dtype = _saved_dtype(saved / "adapter_model.safetensors")
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # PEFT loads into fp32, TRL trains qlora's adapter in bf16
+            parameter.data = parameter.data.to(dtype)
+    return adapted
+
+
+def _saved_dtype(path: Path) -> torch.dtype:
+    """The dtype of a safetensors file's tensors, by its first."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as tensors:
+        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
 
 
 def check_files(case: dict[str, Any], saved: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, bool]:

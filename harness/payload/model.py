@@ -31,6 +31,15 @@ def config(case: dict[str, Any], variant: dict[str, Any]) -> NemotronHConfig:
     return found
 
 
+def autocast(case: dict[str, Any]) -> bool:
+    """Is bf16 mixed precision on: where fp32 values train (LoRA's own, or master weights) and bf16 is to be computed.
+
+    A CPU case in fp32 computes in fp32.
+    """
+    trains_fp32 = case["method"] != "full" or case["param_dtype"] == "fp32"
+    return trains_fp32 and (case["device"] == "cuda" or case["param_dtype"] == "bf16")
+
+
 def build(case: dict[str, Any], variant: dict[str, Any], device: str, quantize: bool | None = None) -> nn.Module:
     """The model with random weights on `device`; on `meta` shapes alone, not quantized.
 
@@ -200,6 +209,8 @@ def adapt(model: nn.Module, case: dict[str, Any]) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     modules, parameters = find_targets(model, case["lora_targets"])
+    if parameters and case["method"] == "qlora":
+        raise TargetError(f"LoRA on routed experts in 4 bits is not possible with PEFT: leave out {parameters[0]}")
     settings = LoraConfig(
         r=case["lora_rank"],
         lora_alpha=case["lora_alpha"],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.payload.model import DTYPES, base_of, find_targets, layer_type
+from harness.payload.model import DTYPES, autocast, base_of, find_targets, layer_type
 
 OPTIMIZERS = {"adamw_torch": "AdamW", "adamw_torch_fused": "AdamW", "adamw_8bit": "AdamW8bit",
               "paged_adamw_8bit": "PagedAdamW8bit"}  # fmt: skip
@@ -171,8 +171,8 @@ def _checkpointing(model: nn.Module) -> dict[str, int]:
 
 def _compute_dtype(model: nn.Module) -> str:
     """`bf16_autocast` where accelerate wrapped the forward in autocast, else the parameters' own."""
-    forward = getattr(model, "_original_forward", None)
-    return "bf16_autocast" if forward is not None else "parameters"
+    wrapped = [part for part in (model, getattr(model, "module", None)) if hasattr(part, "_original_forward")]
+    return "bf16_autocast" if wrapped else "parameters"
 
 
 def _mismatches(found: dict[str, Any], model: nn.Module, case: dict[str, Any], variant: dict[str, Any]) -> list[str]:
@@ -208,9 +208,10 @@ def _check_targets(model: nn.Module, case: dict[str, Any], trained: list[str]) -
     for target in case["lora_targets"]:
         modules, parameters = find_targets(base, [target])
         paths = modules + [name.rsplit(".", 1)[0] for name in parameters]
-        bare = [path for path in paths if not any(f".{path}.lora_" in name.replace(".base_layer", "") for name in trained)]
+        names = [name.replace(".base_layer", "") for name in trained]
+        bare = [path for path in paths if not any(f".{path}.lora_" in name for name in names)]
         if bare:
-            wrong.append(f"LoRA target `{target}` was asked, but {len(bare)} of its {len(paths)} places have no adapter")
+            wrong.append(f"LoRA target `{target}` was asked, but {len(bare)} of its {len(paths)} places lack one")
     return wrong
 
 
@@ -237,7 +238,8 @@ def _check_dtype(_: dict[str, Any], model: nn.Module, case: dict[str, Any], __: 
              if "lora_" not in name and parameter.is_floating_point() and parameter.dtype != asked]  # fmt: skip
     if not other:
         return []
-    return [f"parameters in {case['param_dtype']} were asked, but {len(other)} differ, such as {other[0][0]} in {other[0][1]}"]
+    name, dtype = other[0]
+    return [f"parameters in {case['param_dtype']} were asked, but {len(other)} differ, such as {name} in {dtype}"]
 
 
 def _check_sharding(found: dict[str, Any], _: Any, case: dict[str, Any], __: Any) -> list[str]:
@@ -265,5 +267,8 @@ def _check_rest(found: dict[str, Any], _: Any, case: dict[str, Any], __: Any) ->
                      f"(fused: {optimizer['fused']}) is set")  # fmt: skip
     if blocks["on"] != (blocks["blocks"] if case["activation_checkpointing"] else 0):
         asked = "on" if case["activation_checkpointing"] else "off"
-        wrong.append(f"activation checkpointing {asked} was asked, but {blocks['on']} of {blocks['blocks']} blocks have it")
+        wrong.append(f"activation checkpointing {asked} was asked, but {blocks['on']} of {blocks['blocks']} have it")
+    precision = "bf16_autocast" if autocast(case) else "parameters"
+    if found["compute_dtype"] != precision:
+        wrong.append(f"computing in {precision} was asked, but {found['compute_dtype']} is set")
     return wrong

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATES = Path(__file__).parent / "templates"
-WORDS = (
-    "amber birch cedar delta ember flint grove heron ivory jade kite lotus maple nickel ocean pearl quartz river "
-    "slate topaz umber violet willow zinc north south east west one two three four five six seven eight nine ten"
-).split()
+# fmt: off
+WORDS = [
+    "amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade", "kite", "lotus",
+    "maple", "nickel", "ocean", "pearl", "quartz", "river", "slate", "topaz", "umber", "violet", "willow", "zinc",
+    "north", "south", "east", "west", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+]
+# fmt: on
 """What synthetic samples are made of."""
 
 
@@ -58,7 +61,7 @@ def _trained(specials: list[str], size: int) -> dict[str, Any]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if size < len(specials) + 256:
-        raise ValueError(f"a vocabulary of {size} ids is too small: bytes and special tokens take {len(specials) + 256}")
+        raise ValueError(f"a vocabulary of {size} ids is too small: {len(specials) + 256} are bytes and special tokens")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Trains one case: data -> load -> adapter -> proof -> steps -> evaluation -> checkpoint -> reload check -> merge.
+"""Trains one case: data -> load -> adapter -> proof -> steps -> checkpoint -> evaluation -> reload check -> merge.
 
 Started once per rank in the job directory, with the path of job.json. All that it says goes into its event file; any
 exception ends it with an `error` event and exit code 1.
@@ -65,11 +65,12 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     trainer = make_trainer(model, case, variant, tokenizer, rows, journal, memory, world_size)
     del model
     trainer.train()
+    trainer.evaluate()
 
     with journal.during("reload"):
         sharded = case["strategy"] == "fsdp"
         trained = trainer.model
-        before = artifacts.logits(trained, rows, device) if sharded or journal.rank == 0 else None
+        before = artifacts.logits(trained, rows, case, device) if sharded or journal.rank == 0 else None
         shapes = artifacts.trained_shapes(trained, case)
         del trainer, trained
         release(device)
@@ -232,7 +233,7 @@ def check_reload(case: dict[str, Any], variant: dict[str, Any], base: str | None
     checks = {**artifacts.check_files(case, saved, shapes),
               "tokenizer": artifacts.check_tokenizer(tokenizer, saved, texts)}  # fmt: skip
     again = artifacts.reload(case, variant, base, saved, device)
-    difference = (artifacts.logits(again, rows, device) - before).abs().max().item()
+    difference = (artifacts.logits(again, rows, case, device) - before).abs().max().item()
     checks["logits"] = difference <= artifacts.TOLERANCE[case["param_dtype"]]
     journal.write("reload", ok=all(checks.values()), max_abs_logit_difference=difference, checks=checks)
     if not all(checks.values()):

@@ -17,15 +17,6 @@ from harness.payload.journal import Journal, NotAsRequested
 from harness.payload.meter import MemoryMeter, StepMeter
 
 
-def autocast(case: dict[str, Any]) -> bool:
-    """Is bf16 mixed precision on: where fp32 values train (LoRA's own, or master weights) and bf16 is to be computed.
-
-    A CPU case in fp32 computes in fp32.
-    """
-    trains_fp32 = case["method"] != "full" or case["param_dtype"] == "fp32"
-    return trains_fp32 and (case["device"] == "cuda" or case["param_dtype"] == "bf16")
-
-
 def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
     """All that decides what is measured, with no library default left open."""
     cuda = case["device"] == "cuda"
@@ -60,7 +51,7 @@ def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
         seed=case["seed"],
         data_seed=case["seed"],
         # memory and speed
-        bf16=autocast(case),
+        bf16=models.autocast(case),
         fp16=False,
         gradient_checkpointing=case["activation_checkpointing"],
         gradient_checkpointing_kwargs={"use_reentrant": False} if case["activation_checkpointing"] else None,
@@ -75,8 +66,7 @@ def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=case["steps"],
+        eval_strategy="no",  # evaluated once, after the checkpoint: on a CPU bitsandbytes repacks 4-bit weights then
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=case["steps"],

@@ -73,8 +73,9 @@ def _skip_to_end(descriptor: int, size: int) -> tuple[int, bytes]:
 
 
 def _part(name: str, line: int, content: bytes) -> str:
-    text = "\n".join(scrub(piece[:MAX_LINE_CHARS]) for piece in content.decode("utf-8", "replace").split("\n"))
-    return f"==> {name}:{line} <==\n{text.rstrip()}\n"
+    lines = content.decode("utf-8", "replace").rstrip().split("\n")
+    text = scrub("\n".join(one[:MAX_LINE_CHARS] for one in lines))
+    return f"==> {name}:{line} <==\n{text}\n"
 
 
 def split(text: str) -> Iterator[Line]:

@@ -59,7 +59,7 @@ def plain(text: str) -> str:
 def scrub(text: str) -> str:
     """`text` with every secret masked and no terminal control; never raises, linear in its length."""
     text = plain(text)
-    text = _PEM.sub(MASK, text)
+    text = _PEM.sub(lambda key: MASK + "\n" * key[0].count("\n"), text)
     text = _URL.sub(f"://{MASK}@", text)
     text = _KNOWN.sub(MASK, text)
     text = _NAMED.sub(_mask_named, text)

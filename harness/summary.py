@@ -253,7 +253,7 @@ def _throughput(
 
 
 def _medians(ranks: Sequence[RankObservation], warmup_steps: int) -> tuple[dict[int, float], int]:
-    """Each rank's median time before its first collective over the steps that every rank has, and how many those are."""
+    """Each rank's median time before its first collective over the steps that all have, and how many those are."""
     columns = [_column(rank, "before_collective_s", warmup_steps) for rank in ranks]
     known = [(rank.rank, column) for rank, column in zip(ranks, columns, strict=True) if column]
     across = _across([column for _, column in known])

@@ -82,8 +82,9 @@ class Script:
 
     def write(self, rank: int, kind: str, /, **fields: Any) -> None:
         """One line of one rank, at the script's clock."""
-        log = self.logs.setdefault(rank, EventLog(str(self.folder), rank))
-        log.write(kind, **{"t": self.clock, "m": self.clock - BEGAN, **fields})
+        if rank not in self.logs:
+            self.logs[rank] = EventLog(str(self.folder), rank)
+        self.logs[rank].write(kind, **{"t": self.clock, "m": self.clock - BEGAN, **fields})
 
     def phase(self, ranks: int, name: str, duration_s: float) -> None:
         """A whole phase of all ranks."""

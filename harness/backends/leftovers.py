@@ -103,13 +103,13 @@ def _reap(ticket: Ticket, deadline: float) -> str:
         return f"{name} was still at work and was ended by its supervisor"
     count = len(find(ticket))
     give_up(ticket, lost=True, detail="its supervisor was gone when the next harness looked")
-    processes_ended = f"{count} process{'es' if count != 1 else ''}"
-    return f"{name} had lost its supervisor; {processes_ended if count else 'nothing'} of it was left to end"
+    ended = f"{count} process{'es' if count > 1 else ''}" if count else "nothing"
+    return f"{name} had lost its supervisor; {ended} of it had to be ended"
 
 
 def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: bool = False) -> Outcome:
     """End what is left of a job whose supervisor is gone, and write the outcome that it could not write."""
-    left = processes.end(lambda: find(ticket), GRACE_S) if here(ticket) else []
+    left = processes.end(lambda: find(ticket), GRACE_S)
     if here(ticket):
         shared_memory.remove(known(ticket).shared, processes.pids())
     if left:
@@ -124,6 +124,8 @@ def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: boo
 
 def find(ticket: Ticket) -> list[Process]:
     """Living processes of the job, and no other's: by pid and start time, by the mark, by directory and session."""
+    if not here(ticket):
+        return []
     noted, folder = known(ticket), os.path.realpath(ticket.job_dir)
     mark = f"{supervisor.MARK}={ticket.handle['mark']}".encode()
     every = processes.everything()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -188,5 +189,10 @@ def optimizers() -> dict[str, OptimizerFacts]:
 
 @cache
 def gpus() -> tuple[GpuFacts, ...]:
-    """Every known GPU, the more specific name first."""
+    """Every known GPU, the more special name first."""
     return tuple(GpuFacts.model_validate({"name": name, **entry}) for name, entry in _read("gpus").items())
+
+
+def gpu(driver_name: str) -> GpuFacts | None:
+    """Facts about the GPU that the driver calls so, or `None` for one that the catalog does not know: no guess."""
+    return next((facts for facts in gpus() if any(re.search(found, driver_name) for found in facts.patterns)), None)

@@ -201,11 +201,10 @@ def test_what_cannot_be_started_is_an_outcome(tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a failed test leaves at work is ended."""
     yield
-    if "tmp_path" in request.fixturenames:
-        Local().reap(request.getfixturevalue("tmp_path"))
+    Local().reap(tmp_path)
 
 
 @pytest.fixture

@@ -1,0 +1,195 @@
+"""Jobs are text: these tests read argv, environment variables, files and limits as a person would."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any, get_args
+
+import pytest
+from ruamel.yaml import YAML
+from syrupy.assertion import SnapshotAssertion
+
+from harness import catalog, launch
+from harness.schema import ChainCase, Job, Method, ServeCase, Strategy, TrainCase, case_id
+
+TRAIN = TrainCase(variant="nano-9b-v2", method="lora", seq_len=2048, lora_targets=("in_proj",))
+SERVE = ServeCase(variant="nano-9b-v2")
+TINY = TrainCase(variant="tiny-hybrid", method="lora", seq_len=64, device="cpu", lora_targets=("in_proj",))
+TINY_SERVE = ServeCase(variant="tiny-hybrid", device="cpu")
+
+
+def changed(case: Any, **fields: Any) -> Any:
+    return case.model_copy(update=fields)
+
+
+def job(case: Any) -> Job:
+    (only,) = launch.jobs((case,), 1)
+    return only
+
+
+def text(made: Job) -> str:
+    """A job as a person reads it: the variant's shape is the catalog's matter, not this snapshot's."""
+    lines = [f"id: {made.id}", f"environment: {made.environment}", f"argv: {' '.join(made.argv)}"]
+    lines += [f"{name}={value}" for name, value in made.env.items()]
+    lines += [f"mount: {mount.path} {'rw' if mount.writable else 'ro'}" for mount in made.mounts]
+    lines += [f"{made.device} x {made.devices}, {made.time_limit_s:g} s, stall {made.stall_s:g} s"]
+    lines += [f"{name}: {made.payload[name]}" for name in made.payload if name not in ("variant", "job_id")]
+    lines += [f"--- {name}\n{content}" for name, content in made.files.items()]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("variant", sorted(catalog.variants()))
+def test_job_of_each_variant(variant: str, snapshot: SnapshotAssertion) -> None:
+    targets = catalog.variant(variant).lora_targets
+    device = "cpu" if variant.startswith("tiny") else "cuda"
+    assert text(job(changed(TRAIN, variant=variant, lora_targets=targets, device=device))) == snapshot
+    assert text(job(changed(SERVE, variant=variant, device=device))) == snapshot
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_job_of_each_strategy(strategy: str, device: str, snapshot: SnapshotAssertion) -> None:
+    devices = 1 if strategy == "none" else 2
+    assert text(job(changed(TRAIN, strategy=strategy, devices=devices, device=device))) == snapshot
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_job_of_each_method(method: str, snapshot: SnapshotAssertion) -> None:
+    assert text(job(changed(TRAIN, method=method))) == snapshot
+
+
+def test_jobs_of_a_chain(snapshot: SnapshotAssertion) -> None:
+    chain = ChainCase(train=TINY, serve=changed(TINY_SERVE, adapter="merged"))
+    assert "\n\n".join(text(each) for each in launch.jobs((chain,), 3)) == snapshot
+
+
+# ---------------------------------------------------------------- grouping
+
+
+def test_serving_cases_that_differ_in_load_share_a_job() -> None:
+    cases = [changed(SERVE, concurrency=number, time_limit_s=60.0, stall_s=float(number)) for number in (1, 8, 64)]
+    (group,) = launch.group(cases)
+    (made,) = launch.jobs(group, 1)
+    assert made.case_ids == tuple(case_id(case) for case in cases)
+    assert [entry["id"] for entry in made.payload["cases"]] == list(made.case_ids)
+    assert (made.time_limit_s, made.stall_s) == (180.0, 64.0)
+
+
+def test_another_engine_is_another_job() -> None:
+    cases = [SERVE, changed(SERVE, max_num_seqs=8), changed(SERVE, concurrency=8), TRAIN, changed(TRAIN, seq_len=4096)]
+    groups = launch.group(cases)
+    assert [len(group) for group in groups] == [2, 1, 1, 1]
+    assert groups[0] == (SERVE, cases[2])
+    ids = [made.id for group in groups for made in launch.jobs(group, 1)]
+    assert len(set(ids)) == 4
+
+
+def test_every_case_is_in_one_group() -> None:
+    cases = [
+        changed(SERVE, concurrency=c, max_model_len=m, repeat=r) for c in (1, 2) for m in (64, 128) for r in (0, 1)
+    ]
+    groups = launch.group(cases)
+    assert sorted(map(case_id, cases)) == sorted(case_id(case) for group in groups for case in group)
+    assert len(groups) == 2
+
+
+def test_a_job_id_does_not_hang_on_the_cases_that_are_left() -> None:
+    one, two = SERVE, changed(SERVE, concurrency=8)
+    assert launch.jobs((one, two), 1)[0].id == launch.jobs((two,), 2)[0].id
+
+
+def test_job_ids_are_file_names() -> None:
+    chain = ChainCase(train=TRAIN, serve=changed(SERVE, adapter="adapter"))
+    for cases in ((TRAIN,), (SERVE,), (chain,)):
+        for made in launch.jobs(cases, 1):
+            assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,120}", made.id)
+
+
+# ---------------------------------------------------------------- content
+
+
+def test_a_chain_hands_its_artifacts_over() -> None:
+    chain = ChainCase(train=TINY, serve=changed(TINY_SERVE, adapter="adapter", time_limit_s=5.0))
+    train, serve = launch.jobs((chain,), 2)
+    artifacts = f"../{train.id}.2/artifacts"
+    assert train.payload["keep"] == "adapter"
+    assert serve.payload["model"] == {"base": f"{artifacts}/base", "adapter": f"{artifacts}/adapter", "merged": None}
+    assert train.case_ids == serve.case_ids == (case_id(chain),)
+    assert (train.time_limit_s, serve.time_limit_s) == (3600.0, 5.0)
+    assert (train.environment, serve.environment) == ("train", "serve")
+
+
+def test_a_chain_on_saved_weights_keeps_no_second_base() -> None:
+    chain = ChainCase(
+        train=changed(TRAIN, weights="/models/9b"), serve=changed(SERVE, weights="/models/9b", adapter="merged")
+    )
+    train, serve = launch.jobs((chain,), 1)
+    assert train.payload["keep"] == "merged"
+    assert serve.payload["model"] == {"base": None, "adapter": None, "merged": f"../{train.id}.1/artifacts/merged"}
+
+
+def test_paths_that_a_case_needs_are_mounted_to_read() -> None:
+    made = job(changed(TRAIN, weights="/models/9b", data="/data/mine.jsonl"))
+    assert [(mount.path, mount.writable) for mount in made.mounts] == [
+        ("/models/9b", False),
+        ("/data/mine.jsonl", False),
+    ]
+    assert job(TRAIN).mounts == ()
+    assert [mount.path for mount in job(changed(SERVE, adapter="/models/mine")).mounts] == ["/models/mine"]
+    assert job(changed(SERVE, adapter="/models/mine")).payload["model"] == {
+        "base": None, "adapter": "/models/mine", "merged": None,
+    }  # fmt: skip
+
+
+def test_no_job_names_a_path_of_its_own() -> None:
+    chain = ChainCase(train=TINY, serve=changed(TINY_SERVE, adapter="merged"))
+    for made in (job(TRAIN), job(changed(TRAIN, strategy="fsdp", devices=2)), *launch.jobs((chain,), 1)):
+        assert not re.search(r"(?<![\w.:/-])/[a-z]", text(made))
+
+
+def test_every_job_runs_offline_and_asks_a_bare_python() -> None:
+    for made in (job(TRAIN), job(TINY), job(SERVE), job(TINY_SERVE)):
+        assert made.argv[0] == "python"
+        assert made.env["HF_HUB_OFFLINE"] == "1"
+        assert made.env["TOKENIZERS_PARALLELISM"] == "false"
+
+
+def test_a_cpu_job_sees_no_gpu() -> None:
+    assert job(TINY).env["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in job(TRAIN).env
+
+
+def test_nccl_writes_where_several_gpus_talk() -> None:
+    several = job(changed(TRAIN, strategy="ddp", devices=2)).env
+    assert several["NCCL_DEBUG"] == "INFO"
+    assert not several["NCCL_DEBUG_FILE"].startswith("/")
+    assert "NCCL_DEBUG" not in job(TRAIN).env
+    assert "NCCL_DEBUG" not in job(changed(TINY, strategy="ddp", devices=2)).env
+
+
+# ---------------------------------------------------------------- accelerate's configuration
+
+
+def config(case: TrainCase) -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe").load(io.StringIO(job(case).files[launch.ACCELERATE_FILE]))
+    return content
+
+
+def test_fsdp_is_version_2_and_wraps_the_layers() -> None:
+    found = config(changed(TRAIN, strategy="fsdp", devices=4))
+    assert (found["distributed_type"], found["num_processes"]) == ("FSDP", 4)
+    fsdp = found["fsdp_config"]
+    assert (fsdp["fsdp_version"], fsdp["fsdp_reshard_after_forward"], fsdp["fsdp_offload_params"]) == (2, True, False)
+    assert fsdp["fsdp_transformer_layer_cls_to_wrap"] == "NemotronHBlock"
+
+
+def test_bf16_parameters_are_not_cast_and_fp32_ones_are_computed_with_in_bf16() -> None:
+    assert config(TRAIN)["mixed_precision"] == "no"
+    assert config(changed(TRAIN, param_dtype="fp32"))["mixed_precision"] == "bf16"
+
+
+def test_words_are_quoted_for_a_reader_of_yaml_1_1() -> None:
+    lines = job(TRAIN).files[launch.ACCELERATE_FILE].splitlines()
+    assert 'mixed_precision: "no"' in lines
+    assert 'distributed_type: "NO"' in lines

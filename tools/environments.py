@@ -133,8 +133,9 @@ def uv_environment(settings: dict[str, str]) -> dict[str, str]:
 
 
 def run(argv: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
-    """Run a command; its output where it failed, else nothing."""
-    ended = subprocess.run([str(part) for part in argv], env=env, capture_output=True, text=True)
+    """Run a command; its output where it failed, else nothing. It inherits the set-up lock: where this process is
+    killed, the next set-up waits until the command, which lives on, has stopped writing."""
+    ended = subprocess.run([str(part) for part in argv], env=env, capture_output=True, text=True, close_fds=False)
     return "" if ended.returncode == 0 else (ended.stderr + ended.stdout).strip() or f"exit code {ended.returncode}"
 
 
@@ -237,6 +238,7 @@ def alone() -> Iterator[None]:
     """Hold the checkout's set-up lock: two set-ups at once would write into each other's environments."""
     ENVS.mkdir(exist_ok=True)
     with open(ENVS / "setup.lock", "w") as handle:
+        os.set_inheritable(handle.fileno(), True)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

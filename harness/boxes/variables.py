@@ -11,7 +11,7 @@ NAMES = frozenset({
 })  # fmt: skip
 """Where libraries, compilers and caches are, and in which language to speak."""
 
-PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_")
+PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_", "NVSHMEM_", "TORCH_")
 """Settings of the GPU's driver and of the network between ranks, which a site makes."""
 
 SECRET_WORDS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "KEY")

@@ -40,7 +40,7 @@ class Box(Protocol):
         ...
 
 
-REGISTRY: dict[str, Callable[[Path], Box]] = {
+REGISTRY: dict[str, Callable[[Path | None], Box]] = {
     "venv": VenvBox,
     "found": FoundBox,
 }
@@ -50,4 +50,4 @@ def get(name: str, root: Path | None = None) -> Box:
     """The box called `name` for the checkout at `root` (default: this one); HarnessError where there is none."""
     if name not in REGISTRY:
         raise HarnessError(f"no box is called {name!r}{nearest(name, REGISTRY)}", f"There are: {', '.join(REGISTRY)}.")
-    return REGISTRY[name](root or environments_root().parent)
+    return REGISTRY[name](root)

@@ -19,7 +19,7 @@ class FoundBox:
 
     name = "found"
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | None = None) -> None:
         del root  # An interpreter that is found belongs to no checkout.
 
     def environment(self, name: EnvironmentName) -> Environment:

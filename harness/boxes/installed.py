@@ -65,8 +65,9 @@ def installed(python: str, python_path: str = "") -> Installed:
     try:
         found = Installed.model_validate_json(_ask(python, python_path))
     except (OSError, subprocess.SubprocessError, ValueError) as problem:
-        detail = str(getattr(problem, "stderr", None) or problem)
-        message = f"{python} does not say what it has installed: {detail.strip().splitlines()[-1]}"
+        said = str(getattr(problem, "stderr", None) or "").strip().splitlines()
+        why = said[-1] if said else type(problem).__name__
+        message = f"{python} does not say what it has installed: {why}"
         raise HarnessError(message, "is it a working Python 3.11 or later?") from None
     names = {normalised(name): version for name, version in found.distributions.items()}
     return Installed(python=found.python, distributions=names)

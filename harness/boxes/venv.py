@@ -24,26 +24,30 @@ Lock = dict[str, tuple[set[str], bool]]
 """By name: the versions that the lock allows on some platform, and is it wanted on every one."""
 
 
+CHECKOUT = Path(harness.__file__).resolve().parent.parent
+
+
 def environments_root() -> Path:
-    """The folder of the virtual environments that belong to this checkout."""
-    return Path(harness.__file__).resolve().parent.parent / ".envs"
+    """The folder of the virtual environments: `$HARNESS_ENVS`, or that of this checkout."""
+    return Path(os.environ.get("HARNESS_ENVS") or CHECKOUT / ".envs").absolute()
 
 
 class VenvBox:
-    """Interpreters of `<root>/.envs/<environment>`."""
+    """Interpreters of `<folder>/<environment>`, held against the locks of the checkout."""
 
     name = "venv"
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.absolute()
+    def __init__(self, root: Path | None = None) -> None:
+        self._folder = root.absolute() / ".envs" if root else environments_root()
+        self._images = (root.absolute() if root else CHECKOUT) / "images"
 
     def _python(self, name: EnvironmentName) -> Path:
-        return self._root / ".envs" / name / "bin" / "python"
+        return self._folder / name / "bin" / "python"
 
     def _installed(self, name: EnvironmentName) -> Installed:
         python = self._python(name)
         if not python.exists():
-            raise HarnessError(f"the {name} environment is missing: {python}", "make it with ./tools/setup")
+            raise HarnessError(f"the {name} environment is missing: {python}", f"make it with ./tools/setup {name}")
         return installed(str(python))
 
     def environment(self, name: EnvironmentName) -> Environment:
@@ -61,7 +65,7 @@ class VenvBox:
     def differences(self, name: EnvironmentName) -> tuple[str, ...]:
         """How what is installed differs from the lock that it is nearest to; empty where it does not."""
         found = self._installed(name)
-        files = [path for lock in LOCKS if (path := self._root / "images" / name / lock).exists()]
+        files = [path for lock in LOCKS if (path := self._images / name / lock).exists()]
         if not files:
             return (f"there is no lock in images/{name}",)
         each = [_differences(found.distributions, read_lock(path.read_text(encoding="utf-8"))) for path in files]

@@ -165,13 +165,15 @@ def _train_argv(case: TrainCase) -> tuple[str, ...]:
 def accelerate_config(case: TrainCase) -> str:
     """The text of the file that `accelerate launch --config_file` takes, for the GPUs of one host.
 
-    fp32 parameters are computed with in bf16. bf16 parameters need no cast, and FSDP2 would turn them into fp32 under
-    `mixed_precision: bf16` (accelerate 1.15, `fsdp2_prepare_model`): not what was asked.
+    Where fp32 values are trained (adapters, or master weights), bf16 is computed by autocast. A full fine-tune of bf16
+    parameters needs no cast, and under `mixed_precision: bf16` FSDP2 would turn them into fp32 (accelerate 1.15,
+    `fsdp2_prepare_model`): not what was asked.
     """
+    casts = case.method != "full" or case.param_dtype == "fp32"
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         **catalog.strategies()[case.strategy].accelerate,
-        "mixed_precision": "bf16" if case.param_dtype == "fp32" else "no",
+        "mixed_precision": "bf16" if casts else "no",
         "num_machines": 1,
         "num_processes": case.devices,
         "machine_rank": 0,

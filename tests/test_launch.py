@@ -184,12 +184,15 @@ def test_fsdp_is_version_2_and_wraps_the_layers() -> None:
     assert fsdp["fsdp_transformer_layer_cls_to_wrap"] == "NemotronHBlock"
 
 
-def test_bf16_parameters_are_not_cast_and_fp32_ones_are_computed_with_in_bf16() -> None:
-    assert config(TRAIN)["mixed_precision"] == "no"
-    assert config(changed(TRAIN, param_dtype="fp32"))["mixed_precision"] == "bf16"
+@pytest.mark.parametrize(
+    ("method", "param_dtype", "precision"),
+    [("full", "bf16", "no"), ("full", "fp32", "bf16"), ("lora", "bf16", "bf16"), ("qlora", "bf16", "bf16")],
+)
+def test_fp32_values_are_computed_with_in_bf16(method: str, param_dtype: str, precision: str) -> None:
+    assert config(changed(TRAIN, method=method, param_dtype=param_dtype))["mixed_precision"] == precision
 
 
 def test_words_are_quoted_for_a_reader_of_yaml_1_1() -> None:
-    lines = job(TRAIN).files[launch.ACCELERATE_FILE].splitlines()
+    lines = job(changed(TRAIN, method="full")).files[launch.ACCELERATE_FILE].splitlines()
     assert 'mixed_precision: "no"' in lines
     assert 'distributed_type: "NO"' in lines

@@ -124,11 +124,18 @@ def _matches(signature: Signature, lines: Sequence[Line]) -> Iterator[int]:
         if not signature.pattern.search(line.text[:MAX_LINE_CHARS]):
             continue
         looked_at += 1
-        before = "\n".join(one.text for one in lines[max(0, index - CONTEXT_LINES) : index] if one.file == line.file)
-        if not signature.context or signature.context.search(before[before.rfind("Traceback (most recent") :]):
+        if not signature.context or signature.context.search(_traceback_before(lines, index)):
             yield index
         if looked_at == MAX_MATCHES:
             return
+
+
+def _traceback_before(lines: Sequence[Line], index: int) -> str:
+    """The last traceback that begins within the lines before one of the same file; empty where there is none."""
+    file = lines[index].file
+    before = "\n".join(line.text for line in lines[max(0, index - CONTEXT_LINES) : index] if line.file == file)
+    began = before.rfind("Traceback (most recent call last)")
+    return before[began:] if began >= 0 else ""
 
 
 def _log_hit(signature: Signature, line: Line, index: int) -> Hit:

@@ -127,18 +127,26 @@ def test_a_failed_installation_names_the_next_step(environments: ModuleType, out
     assert word in environments.advice(output)
 
 
-def test_an_old_or_missing_python_is_said_with_the_next_step(tmp_path: Path) -> None:
-    (tmp_path / "python3").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit 0\nexit 1\n')
+@pytest.mark.parametrize(
+    ("python", "said", "next_step"),
+    [
+        ("[ $1 = --version ] && echo Python 3.9.2 && exit; exit 1", "python3 is: Python 3.9.2", "install Python 3.11"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "python3 cannot make virtual environments", "python3-venv"),
+    ],
+    ids=["too old", "without venv"],
+)
+def test_an_unusable_python_is_said_with_the_next_step(tmp_path: Path, python: str, said: str, next_step: str) -> None:
+    (tmp_path / "python3").write_text(f"#!/bin/sh\n{python}\n")
     (tmp_path / "python3").chmod(0o755)
-    for name in ("bash", "dirname"):
-        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    (tmp_path / "dirname").symlink_to("/usr/bin/dirname")
     copy = tmp_path / "checkout/tools/setup"
     copy.parent.mkdir(parents=True)
     copy.write_text((ROOT / "tools/setup").read_text())
     ended = subprocess.run(["/bin/bash", copy], env={"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "on PATH python3 is: Python 3.9.2" in ended.stderr
-    assert "Next: install Python 3.11" in ended.stderr
+    assert said in ended.stderr
+    assert "Next:" in ended.stderr
+    assert next_step in ended.stderr
 
 
 def test_hashes_of_other_pythons_are_added_to_one_requirement_and_sorted(relock: ModuleType) -> None:

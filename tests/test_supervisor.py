@@ -377,26 +377,30 @@ def test_a_job_of_another_host_is_left_to_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def segment() -> Iterator[str]:
-    """The name of a file in /dev/shm that nobody has made yet."""
+    """How the names of files in /dev/shm begin that nobody has made yet."""
     name = f"psm_test_{os.getpid()}_{time.monotonic_ns()}"
     yield name
-    Path("/dev/shm", name).unlink(missing_ok=True)
+    for path in shared_files(name):
+        path.unlink()
+
+
+def shared_files(name: str) -> list[Path]:
+    return sorted(Path("/dev/shm").glob(f"{name}*"))
 
 
 def test_shared_memory_of_a_killed_server_is_removed_and_a_strangers_is_not(tmp_path: Path, segment: str) -> None:
     backend = Local()
     ticket = submit(tmp_path, stub_jobs.job(hang_at_step=2, server=True, shared_memory=segment), backend)
     at_step(ticket, 1)
+    (ours,) = wait_for(lambda: shared_files(segment))
     stranger = Path("/dev/shm", f"{segment}_of_a_stranger")
     stranger.write_bytes(b"made while the job ran")
-    wait_for(lambda: segment in (Path(ticket.job_dir) / "pids.log").read_text())
+    wait_for(lambda: ours.name in (Path(ticket.job_dir) / "pids.log").read_text())
     os.kill(by_role(ticket, "server")[0].pid, signal.SIGKILL)
     backend.cancel(ticket)
     found = ended(backend, ticket)
-    assert f"removed from /dev/shm: {segment}" in found.detail
-    assert not Path("/dev/shm", segment).exists()
-    assert stranger.exists()
-    stranger.unlink()
+    assert f"removed from /dev/shm: {ours.name}" in found.detail
+    assert shared_files(segment) == [stranger]
 
 
 def test_reap_removes_shared_memory_that_the_log_names(tmp_path: Path, segment: str) -> None:
@@ -405,6 +409,18 @@ def test_reap_removes_shared_memory_that_the_log_names(tmp_path: Path, segment: 
     vanished(tmp_path, f"shared {path.stat().st_ino} {segment}")
     Local().reap(tmp_path)
     assert not path.exists()
+
+
+def test_shared_memory_is_removed_even_where_the_supervisor_died_before_it_could_note_it(
+    tmp_path: Path, segment: str
+) -> None:
+    backend = Local()
+    ticket = submit(tmp_path, stub_jobs.job(hang_at_step=1, server=True, shared_memory=segment), backend)
+    wait_for(lambda: shared_files(segment) and by_role(ticket, "server"))
+    os.kill(supervisor_of(ticket), signal.SIGKILL)
+    (Path(ticket.job_dir) / "pids.log").write_text("")
+    assert ended(backend, ticket).lost
+    assert shared_files(segment) == []
 
 
 def test_shared_memory_stays_where_it_is_mapped_or_another_file_by_now(segment: str) -> None:

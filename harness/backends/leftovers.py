@@ -109,9 +109,11 @@ def _reap(ticket: Ticket, deadline: float) -> str:
 
 def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: bool = False) -> Outcome:
     """End what is left of a job whose supervisor is gone, and write the outcome that it could not write."""
+    at_work = [process.pid for process in find(ticket)]
+    shared = known(ticket).shared | shared_memory.made_since(ticket.submitted_at, at_work)
     left = processes.end(lambda: find(ticket), GRACE_S)
     if here(ticket):
-        shared_memory.remove(known(ticket).shared, processes.pids())
+        shared_memory.remove(shared, processes.pids())
     if left:
         detail += f"; could not be ended: {', '.join(str(process.pid) for process in left)}"
     outcome = files.read_outcome(ticket)  # it may have come while we looked

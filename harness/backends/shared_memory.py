@@ -54,6 +54,20 @@ class Segments:
         return fresh
 
 
+def made_since(start: float, members: Iterable[int]) -> dict[str, int]:
+    """Inode by name of what these processes map and what was not made, or changed, before `start` (Unix seconds)."""
+    seen: dict[str, int] = {}
+    for pid in members:
+        seen.update(mapped(pid))
+    return {name: inode for name, inode in seen.items() if _changed_at(name) >= start}
+
+
+def _changed_at(name: str) -> float:
+    with contextlib.suppress(OSError):
+        return os.stat(os.path.join(ROOT, name)).st_ctime
+    return 0.0
+
+
 def remove(owned: dict[str, int], pids: Iterable[int]) -> list[str]:
     """Remove those of `owned` that are still the same file and that none of `pids` maps; their names."""
     left = {name: inode for name, inode in owned.items() if _inode(name) == inode}

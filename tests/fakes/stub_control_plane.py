@@ -21,13 +21,17 @@ from harness.backends import durable
 from harness.schema import Outcome, Ticket
 
 
-def settled(run_dir: Path, job_id: str) -> bool:
-    """Whether some attempt at the job ended by itself."""
+def settled(run_dir: Path, job_id: str) -> Outcome | None:
+    """The outcome of the attempt at the job that ended by itself, where there is one."""
     for path in run_dir.glob(f"jobs/{job_id}.*/outcome.json"):
         outcome = Outcome.model_validate_json(path.read_bytes())
         if not (outcome.interrupted or outcome.lost):
-            return True
-    return False
+            return outcome
+    return None
+
+
+def keep(run_dir: Path, job_id: str, outcome: Outcome) -> None:
+    durable.write_atomically(str(run_dir / "collected" / job_id), outcome.model_dump_json())
 
 
 def start(backend: backends.Backend, run_dir: Path, job_id: str, stub: dict[str, object]) -> Ticket:
@@ -42,7 +46,12 @@ def main(run_dir: Path, at_once: int) -> None:
     for line in backend.reap(run_dir):
         print(line, flush=True)
     stubs = json.loads((run_dir / "stubs.json").read_text())
-    waiting = [job_id for job_id in stubs if not settled(run_dir, job_id)]
+    waiting = []
+    for job_id in stubs:
+        if outcome := settled(run_dir, job_id):
+            keep(run_dir, job_id, outcome)
+        else:
+            waiting.append(job_id)
     tickets: dict[str, Ticket] = {}
     while waiting or tickets:
         while waiting and len(tickets) < at_once:
@@ -53,7 +62,7 @@ def main(run_dir: Path, at_once: int) -> None:
             if outcome.interrupted or outcome.lost:
                 waiting.append(job_id)
             else:
-                durable.write_atomically(str(run_dir / "collected" / job_id), outcome.model_dump_json())
+                keep(run_dir, job_id, outcome)
         time.sleep(0.02)
 
 

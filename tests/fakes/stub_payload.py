@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "stacks": True,  # write Python stacks on SIGUSR1
     "allocate_bytes": 0,
     "server": False,  # rank 0 starts a server-like child in a session of its own
-    "shared_memory": None,  # name of a file in /dev/shm that the server-like child makes, maps and leaves behind
+    "shared_memory": None,  # the server-like child makes and maps /dev/shm/<this>_<pid>, and leaves it behind
     "left_behind": 0,  # daemons that outlive the launcher
 }
 
@@ -108,7 +108,7 @@ def wait_for_the_others() -> None:
 def server(stub: dict[str, Any]) -> int:
     """Like vLLM's workers: shared memory mapped, and after a while an environment that nobody can read any more."""
     if stub["shared_memory"]:
-        with open(f"/dev/shm/{stub['shared_memory']}", "w+b") as file:
+        with open(f"/dev/shm/{stub['shared_memory']}_{os.getpid()}", "w+b") as file:
             file.truncate(4096)
             segment = mmap.mmap(file.fileno(), 4096)
             segment[:2] = b"in"

@@ -1,0 +1,182 @@
+"""What a reader wants first: what ran where, the few answers, what failed, the environments."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from harness.report.sections import environment_row, when
+from harness.report.tables import Entry, ReportRun, full_label, peak_row, place, verdict
+from harness.report.words import TIMES, Cell, digits, gib, ms, one_line, plural, size
+from harness.schema import Provenance
+
+MAX_FAILURES = 12
+MAX_ANSWERS = 9
+_MEASURES = {"allocated": "allocated", "rss_growth": "resident growth"}
+
+
+class Answer(NamedTuple):
+    """One question that the measured cases answer."""
+
+    question: str
+    value: str
+    because: str
+    """The case, and the n behind the value."""
+    row: int
+    """Index of the case's row."""
+
+
+def run_facts(run: ReportRun) -> dict[str, object]:
+    """A run's name, and label and value of each fact of it."""
+    known = [record.provenance for record in run.records if record.provenance]
+    ends = [record.finished_at for record in run.records if record.attempts]
+    ended = f", last case ended {when(max(ends))}" if ends else ""
+    facts = [("Begun", when(run.created) + ended), *_provenance_facts(known)]
+    return {"name": one_line(run.name, 80), "facts": facts}
+
+
+def _provenance_facts(known: Sequence[Provenance]) -> list[tuple[str, str]]:
+    if not known:
+        return [("Provenance", "no record states any")]
+    environments = {env.name: env for of in known for env in of.environments}.values()
+    return [
+        ("Numbers", _some(f"{of.number_kind}, {of.weights} weights" for of in known)),
+        ("Matrix", _some(f"SHA-256 {of.matrix_sha256[:12]}" for of in known)),
+        ("Harness", _some(f"{of.harness_version}, commit {(of.commit or 'unknown')[:18]}" for of in known)),
+        ("Host", _some(f"{', '.join(of.hosts)}: {of.cpu}, {plural(of.cpu_count, 'core')}, {size(of.memory_bytes).text}"
+                       for of in known)),
+        ("GPUs", _some(_gpus(of) for of in known)),
+        ("Backend, box", _some(f"{of.backend}, {', '.join(sorted({e.box for e in of.environments}))}" for of in known)),
+        ("Environments", "; ".join(_environment(env.name, env.digest, env.pinned) for env in environments)),
+    ]  # fmt: skip
+
+
+def _environment(name: str, digest: str, pinned: bool) -> str:
+    return one_line(f"{name} {digest[:19]}{'' if pinned else ' (UNPINNED)'}", 80)
+
+
+def _gpus(of: Provenance) -> str:
+    cards = Counter(f"{gpu.name}, {size(gpu.total_bytes).text}" for gpu in of.gpus)
+    found = "; ".join(f"{amount} {TIMES} {name}" for name, amount in cards.items())
+    return f"{found}, driver {of.driver}" if found else "none"
+
+
+def _some(values: Iterable[str]) -> str:
+    """The different values, the most frequent first, at most three of them."""
+    known = Counter(values).most_common()
+    more = f" and {len(known) - 3} more" if len(known) > 3 else ""
+    return one_line("; ".join(value for value, _ in known[:3]), 300) + more
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answers(rows: Sequence[Entry]) -> list[Answer]:
+    """The few things that a reader of these cases asks first, per variant and device type."""
+    indexed = list(enumerate(rows))
+    found: list[Answer | None] = []
+    for variant, device in dict.fromkeys((row.case.variant, row.case.device) for row in rows):
+        mine = [(i, row) for i, row in indexed if (row.case.variant, row.case.device) == (variant, device)]
+        name = f"{variant} on {'CPU' if device == 'cpu' else 'GPU'}"
+        found += [_fastest(mine, name), _longest(mine, name), _leanest(mine, name), _most_served(mine, name)]
+    found.append(_chains(indexed))
+    return [answer for answer in found if answer][:MAX_ANSWERS]
+
+
+def _best(rows: Sequence[tuple[int, Entry]], value: Callable[[Entry], float | None]) -> tuple[int, Entry] | None:
+    known = [(score, item) for item in rows if (score := value(item[1])) is not None]
+    return max(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def _trained(rows: Sequence[tuple[int, Entry]]) -> list[tuple[int, Entry]]:
+    return [(i, row) for i, row in rows if row.case.kind == "train" and row.train]
+
+
+def _fastest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
+    best = _best(_trained(rows), lambda row: row.train.tokens_per_s if row.train else None)
+    if best is None or best[1].train is None:
+        return None
+    train = best[1].train
+    because = f"{_how(best[1])}; n = {plural(train.steady_steps, 'step')}"
+    variation = train.step_time_s.coefficient_of_variation
+    because += f", CV {digits(variation * 100)} %" if variation is not None else ""
+    return Answer(f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, best[0])
+
+
+def _longest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
+    trained = _trained(rows)
+    if len({row.training.seq_len for _, row in trained if row.training}) < 2:
+        return None
+    best = _best(trained, lambda row: row.training.seq_len if row.training else None)
+    if best is None or best[1].training is None:
+        return None
+    value = f"{best[1].training.seq_len:,} tokens"
+    return Answer(f"Longest sample that trained, {name}", value, _how(best[1]), best[0])
+
+
+def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
+    """The case with the smallest peak, where several methods were tried."""
+    trained = _trained(rows)
+    if len({row.training.method for _, row in trained if row.training}) < 2:
+        return None
+    best = _best(trained, lambda row: -_peak(row) if _peak(row) else None)
+    if best is None or best[1].train is None:
+        return None
+    kind = _MEASURES.get(best[1].train.memory_measure or "", "resident")
+    return Answer(f"Least memory, {name}", f"{gib(_peak(best[1])).text} GiB {kind}", _how(best[1]), best[0])
+
+
+def _peak(row: Entry) -> int:
+    peak = peak_row(row.train.memory, "peak_bytes") if row.train else None
+    return (peak.peak_bytes or 0) if peak else 0
+
+
+def _most_served(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
+    served = [(i, row) for i, row in rows if row.case.kind == "serve" and row.serve and row.serve.load]
+    best = _best(served, lambda row: row.serve.load.output_tokens_per_s if row.serve and row.serve.load else None)
+    if best is None or best[1].serve is None or best[1].serve.load is None:
+        return None
+    load = best[1].serve.load
+    because = (f"{load.concurrency} requests at once; TTFT p95 {ms(load.ttft.p95_s).text} ms, "
+               f"TPOT p95 {ms(load.tpot.p95_s).text} ms; n = {plural(load.completed, 'request')}")  # fmt: skip
+    return Answer(f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, best[0])
+
+
+def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:
+    chains = [(i, row) for i, row in rows if row.case.kind == "chain" and row.record.status != "skipped"]
+    if not chains:
+        return None
+    good = [row for _, row in chains if row.serve and row.serve.smoke and row.serve.smoke.ok]
+    served = ", ".join(sorted({row.serving.adapter for row in good if row.serving}))
+    because = f"trained, reloaded, served and smoke-tested: {one_line(served, 80)}" if good else "see their rows"
+    value = f"{len(good)} of {plural(len(chains), 'chain')} passed"
+    return Answer("Train to served model", value, because, chains[0][0])
+
+
+def _how(row: Entry) -> str:
+    case = row.training
+    assert case is not None
+    return f"{case.method}, seq {case.seq_len:,}, {place(case)}"
+
+
+# ---------------------------------------------------------------- failures and environments
+
+
+def failures(rows: Sequence[Entry]) -> dict[str, object]:
+    """The failed cases: how many of each class, and the first of them with verdict and next step."""
+    failed = [(i, row) for i, row in enumerate(rows) if row.record.status == "failed"]
+    shown = []
+    for index, row in failed[:MAX_FAILURES]:
+        diagnosis = row.record.last.diagnosis if row.record.last else None
+        shown.append({"index": index, "label": full_label(row), "summary": verdict(row)[1],
+                      "class": one_line(diagnosis.failure_class, 80) if diagnosis else "undiagnosed",
+                      "next": one_line(diagnosis.next_step) if diagnosis else ""})  # fmt: skip
+    return {"n": len(failed), "shown": shown, "more": len(failed) - len(shown)}
+
+
+def environments(runs: Sequence[ReportRun]) -> list[tuple[Cell, ...]]:
+    """A row for each environment that any record names."""
+    known = {(env.name, env.box, env.digest): env for run in runs for record in run.records if record.provenance
+             for env in record.provenance.environments}  # fmt: skip
+    return [environment_row(env) for env in known.values()]

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError, create_model
 
@@ -213,6 +213,7 @@ records = st.builds(
 )
 
 
+@settings(max_examples=40)
 @given(record=records)
 def test_a_record_survives_its_file(record: Record) -> None:
     assert Record.model_validate_json(record.model_dump_json()) == record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
@@ -143,14 +144,21 @@ Case = Annotated[TrainCase | ServeCase | ChainCase, Field(discriminator="kind")]
 CASE: TypeAdapter[TrainCase | ServeCase | ChainCase] = TypeAdapter(Case)
 
 
+@cache
+def _fields(kind: type[BaseModel]) -> tuple[tuple[str, bool, Any], ...]:
+    """Name, is it required, and default of each field that is part of an identity; asked 10,000 times for a plan."""
+    fields = kind.model_fields.items()
+    return tuple((name, field.is_required(), field.default) for name, field in fields if name not in NOT_IDENTITY)
+
+
 def _identity(case: BaseModel) -> dict[str, Any]:
     """The fields of `case` that differ from their first-version default, as JSON values."""
     found: dict[str, Any] = {"kind": getattr(case, "kind", None)}
-    for name, field in type(case).model_fields.items():
+    for name, required, default in _fields(type(case)):
         value = getattr(case, name)
         if isinstance(value, BaseModel):
             found[name] = _identity(value)
-        elif name not in NOT_IDENTITY and (field.is_required() or value != field.default):
+        elif required or value != default:
             found[name] = value
     return found
 

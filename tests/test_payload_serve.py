@@ -94,6 +94,8 @@ def test_registered_parsers_are_read_from_source_without_running_it() -> None:
 
 def test_a_free_port_is_free() -> None:
     port = server.free_port()
+    outgoing = range(*map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()))
+    assert port not in outgoing
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
 
@@ -159,6 +161,10 @@ def test_the_first_error_is_the_cause_and_not_its_report() -> None:
 """
     assert serverlog.first_error(text) == "NotImplementedError: this layer runs on CUDA alone"
     assert serverlog.first_error(text.splitlines()[2]) is None
+    counted = (
+        "(APIServer pid=1) pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, too long\n"
+    )
+    assert str(serverlog.first_error(counted)).endswith("1 validation error for ModelConfig Value error, too long")
     assert serverlog.tail("a\nb\nc\n", 2) == "b\nc"
 
 
@@ -578,7 +584,7 @@ def test_a_server_that_refuses_its_arguments_is_an_error_with_its_words(environm
     assert payload.wait(timeout=120) == 1
     last = read_events(job_dir)[-1]
     assert (last["kind"], last["phase"], last["type"]) == ("error", "start_server", "ServerDied")
-    assert "max_model_len" in last["log_tail"]
+    assert "max_model_len" in last["message"]
     assert not of_kind(job_dir, "load_point")
     nothing_left(job_dir)
 

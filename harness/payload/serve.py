@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.payload import adapters, bench, client, server, serverlog, smoke
+from harness.payload import adapters, bench, client, processes, server, serverlog, smoke
 from harness.payload.session import BenchmarkFailed, Ended, Ending, Failed, ModelMissing, Session, SmokeFailed
 
 LIBRARIES = (
@@ -68,7 +68,11 @@ def _measure(session: Session) -> None:
             _smoke(session, served)
     finally:
         session.ending.ignore()
-        _stop_server(session)
+        try:
+            _stop_server(session)
+        finally:  # a full disk refuses the events of an orderly stop
+            if session.running is not None:
+                processes.end(session.running.process.pid, 0.0)
 
 
 def _finish(session: Session) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +21,7 @@ from typing import Any
 from harness.payload import client, processes, serverlog
 
 HOST = "127.0.0.1"
+LOWEST_PORT = 15000
 LOG_NAME = "server.log"
 BASE_NAME = "model"
 ADAPTER_NAME = "adapter"
@@ -87,10 +90,16 @@ class Server:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody uses now, outside the range that outgoing connections take.
+
+    vLLM binds it only seconds later, and a load generator beside us opens connections by the hundred.
+    """
+    first_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
+    for port in random.SystemRandom().sample(range(LOWEST_PORT, max(first_outgoing, LOWEST_PORT + 100)), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise OSError(f"none of 100 ports of {HOST} from {LOWEST_PORT} on is free")
 
 
 def argv(

@@ -21,6 +21,7 @@ _ENGINE = re.compile(r"init engine \(.*?\) took ([\d.]+) s")
 _ATTENTION = re.compile(r"Using ([A-Z0-9_]+)(?: attention)? backend\b")
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\) )?(?:(?:INFO|WARNING|ERROR|DEBUG) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] )?")
 _EXCEPTION = re.compile(r"^(?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception)\b(?:: .*)?$")
+_COUNT = re.compile(r"\d+ validation errors? for ")
 _CASCADE = ("Engine core initialization failed", "Engine process failed", "WorkerProc initialization failed")
 
 
@@ -61,10 +62,11 @@ def stated(text: str) -> Stated:
 
 def first_error(text: str) -> str | None:
     """The first exception that `text` names, apart from those that only report another; vLLM logs the cause first."""
-    for line in text.splitlines():
-        plain = _PREFIX.sub("", line).strip()
-        if _EXCEPTION.match(plain) and not any(word in plain for word in _CASCADE):
-            return plain[:500]
+    lines = [_PREFIX.sub("", line).strip() for line in text.splitlines()]
+    for index, line in enumerate(lines):
+        if _EXCEPTION.match(line) and not any(word in line for word in _CASCADE):
+            # pydantic's first line only counts the errors; the next two name them
+            return " ".join(lines[index : index + 3] if _COUNT.search(line) else [line])[:500]
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -81,8 +82,10 @@ def check_files(case: dict[str, Any], saved: Path, shapes: dict[str, tuple[int, 
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     settings = "config.json" if case["method"] == "full" else "adapter_config.json"
     names = (settings, "tokenizer.json", "tokenizer_config.json")
-    return {"files": bool(weights) and all((saved / name).is_file() for name in names),
-            "shapes": sorted(found.values()) == sorted(shapes.values())}  # fmt: skip
+    same = sorted(found.values()) == sorted(shapes.values())
+    if case["method"] == "full":  # a checkpoint has the hub's layout: experts one by one, counted together here
+        same = sum(map(math.prod, found.values())) == sum(map(math.prod, shapes.values()))
+    return {"files": bool(weights) and all((saved / name).is_file() for name in names), "shapes": same}
 
 
 def check_tokenizer(tokenizer: Any, saved: Path, texts: list[str]) -> bool:
@@ -111,7 +114,7 @@ def keep_adapter(saved: Path, tokenizer: Any) -> Path:
     return target
 
 
-def merge(case: dict[str, Any], variant: dict[str, Any], base: str, saved: Path, tokenizer: Any,
+def merge(case: dict[str, Any], variant: dict[str, Any], base: str | None, saved: Path, tokenizer: Any,
           memory: MemoryMeter) -> dict[str, Any]:  # fmt: skip
     """Merge the adapter into its unquantized base on the host, or copy a full fine-tune; fields of a `merge` event."""
     from harness.payload.meter import rss_bytes

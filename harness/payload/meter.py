@@ -79,7 +79,8 @@ class StepMeter:
     def begin(self) -> None:
         """The step starts: it asks for its data."""
         self._wall, self._start = time.time(), time.monotonic()
-        self._data_wait_s = self._before_collective_s = None
+        self._data_wait_s: float | None = None
+        self._before_collective_s: float | None = None
         self._forward_began: float | None = None
         self._loss = torch.zeros(())
         self._end = 0.0

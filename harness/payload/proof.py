@@ -76,8 +76,9 @@ def _sharding(model: nn.Module) -> dict[str, Any]:
     base = [parameter for name, parameter in model.named_parameters() if "lora_" not in name]
     sharded = [parameter for parameter in base if hasattr(parameter, "to_local")]
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    classes = (type(model).__name__, type(base_of(model)).__name__)
     return {
-        "wrapper": type(model).__name__ if base_of(model) is not model else None,
+        "wrapper": next((name for name in classes if name.startswith(("DistributedData", "FSDP"))), None),
         "world_size": ranks,
         "dtensor_parameters": len(sharded),
         "plain_parameters": len(base) - len(sharded),

@@ -99,7 +99,7 @@ class MeteredTrainer(SFTTrainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The case's optimizer, as `payload/model.py` builds it."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             self.optimizer = models.optimizer(self.model if model is None else model, self.case)
         return self.optimizer
 

@@ -7,6 +7,7 @@ A figure is `{"data": [...], "layout": {...}}` with what is particular to it; fo
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,12 +84,31 @@ def throughput(rows: Sequence[Entry]) -> Drawn | None:
     groups = _groups(known, _throughput_group)
     if not groups:
         return None
+    if len({row.training.seq_len for row in known if row.training}) == 1:
+        return _throughput_bars(groups)
     data = [_throughput_line(name, group, i) for i, (name, group) in enumerate(list(groups.items())[:MAX_LINES])]
     lengths = sorted({row.training.seq_len for row in known if row.training})
     layout = {"xaxis": _axis("tokens per sample", type="log", tickvals=lengths, ticktext=[f"{x:,}" for x in lengths]),
               "yaxis": _axis("tokens/s, all devices", rangemode="tozero")}  # fmt: skip
     note = _left_out(MAX_LINES, len(groups), "groups of cases")
     return Drawn({"data": data, "layout": layout}, f"Bars span equal cases, where there are several. {note}".strip())
+
+
+def _throughput_bars(groups: dict[str, list[Entry]]) -> Drawn:
+    """A bar per group, where there is one sequence length only."""
+    shown = list(groups.items())[:MAX_CASES]
+    points = [spread([row.train.tokens_per_s for row in rows if row.train and row.train.tokens_per_s is not None])
+              for _, rows in shown]  # fmt: skip
+    lengths = {row.training.seq_len for _, rows in shown for row in rows if row.training}
+    data = [{"type": "bar", "orientation": "h", "name": "tokens/s", "y": [_name(name) for name, _ in shown],
+             "x": _round([point.p50 for point in points]), "marker": {"color": OKABE_ITO[0]}, "width": 0.6,
+             "error_x": {"type": "data", "symmetric": False, "thickness": 1.5,
+                         "array": _round([(p.max or 0.0) - (p.p50 or 0.0) for p in points]),
+                         "arrayminus": _round([(p.p50 or 0.0) - (p.min or 0.0) for p in points])}}]  # fmt: skip
+    title = f"tokens/s, all devices, samples of {lengths.pop():,} tokens"
+    layout = {"xaxis": _axis(title, rangemode="tozero"), "yaxis": {"autorange": "reversed"}, "wide_labels": True,
+              "height": 110 + 34 * len(shown)}  # fmt: skip
+    return Drawn({"data": data, "layout": layout}, _left_out(MAX_CASES, len(groups), "groups of cases"))
 
 
 def _throughput_line(name: str, rows: Sequence[Entry], index: int) -> dict[str, Any]:
@@ -127,7 +147,8 @@ def _memory_by_case(rows: Sequence[Entry], field: str, title: str) -> Drawn | No
     shown = dict(list(known.items())[:MAX_CASES])
     ranks = sorted({rank for peaks in shown.values() for rank in peaks})[:MAX_RANKS]
     data = [_rank_bars(rank, shown) for rank in ranks]
-    layout = {"barmode": "group", "xaxis": _axis(title, rangemode="tozero"), "height": 130 + 44 * len(shown),
+    height = 100 + (14 + 16 * len(ranks)) * len(shown)
+    layout = {"barmode": "group", "xaxis": _axis(title, rangemode="tozero"), "height": height,
               "yaxis": {"autorange": "reversed", "ticklabelposition": "outside"}, "wide_labels": True}  # fmt: skip
     return Drawn({"data": data, "layout": layout}, _left_out(MAX_CASES, len(known), "cases"))
 
@@ -156,7 +177,7 @@ def step_times(rows: Sequence[Entry]) -> Drawn | None:
         return None
     data = [_slowest_line(row, index) for index, row in enumerate(known[:MAX_LINES])]
     warmups = {row.train.warmup_steps for row in known[:MAX_LINES] if row.train}
-    layout = _steps_layout(warmups.pop() if len(warmups) == 1 else 0)
+    layout = _steps_layout(warmups.pop() if len(warmups) == 1 else 0, [y for line in data for y in line["y"]])
     return Drawn({"data": data, "layout": layout}, _left_out(MAX_LINES, len(known), "cases"))
 
 
@@ -170,8 +191,17 @@ def _slowest_line(row: Entry, index: int) -> dict[str, Any]:
             "y": _round([time or None for time in times])}  # fmt: skip
 
 
-def _steps_layout(warmup_steps: int) -> dict[str, Any]:
-    layout: Figure = {"xaxis": _axis("optimizer step"), "yaxis": _axis("step time, s", type="log", nticks=6)}
+def _log_axis(title: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """A logarithmic axis with every label in full, at 1, 2 and 5 of each decade."""
+    known = [value for value in values if value]
+    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    ticks = [factor * 10.0**power for power in range(low, high + 1) for factor in (1, 2, 5)]
+    return _axis(title, type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+
+
+def _steps_layout(warmup_steps: int, times: Sequence[float | None]) -> dict[str, Any]:
+    axis = _log_axis("step time, s", times) if any(times) else _axis("step time, s")
+    layout: Figure = {"xaxis": _axis("optimizer step"), "yaxis": axis}
     if warmup_steps:
         layout["shapes"] = [{"type": "rect", "xref": "x", "yref": "paper", "x0": 0.5, "x1": warmup_steps + 0.5,
                              "y0": 0, "y1": 1, "line": {"width": 0}, "fillcolor": "rgba(128,128,128,0.16)",
@@ -282,12 +312,13 @@ def _phase_bars(rank: int, rows: Sequence[MemoryRow], field: str, name: str, ind
 
 def case_steps(ranks: Sequence[RankObservation], warmup_steps: int) -> Drawn | None:
     """Step time of each rank over steps, warm-up shaded."""
-    return _by_step(ranks, "step_time_s", _steps_layout(warmup_steps))
+    times = [time for rank in ranks for time in rank.steps.step_time_s]
+    return _by_step(ranks, "step_time_s", _steps_layout(warmup_steps, times))
 
 
 def case_loss(ranks: Sequence[RankObservation], warmup_steps: int) -> Drawn | None:
     """Loss of each rank over steps, warm-up shaded."""
-    return _by_step(ranks, "loss", _steps_layout(warmup_steps) | {"yaxis": _axis("loss")})
+    return _by_step(ranks, "loss", _steps_layout(warmup_steps, ()) | {"yaxis": _axis("loss")})
 
 
 def _by_step(ranks: Sequence[RankObservation], column: str, layout: Figure) -> Drawn | None:

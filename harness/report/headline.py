@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from harness.report.sections import environment_row, when
 from harness.report.tables import Entry, ReportRun, full_label, peak_row, place, verdict
-from harness.report.words import TIMES, Cell, digits, gib, ms, one_line, plural, size
+from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance
 
 MAX_FAILURES = 12
@@ -124,7 +124,7 @@ def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].train is None:
         return None
     kind = _MEASURES.get(best[1].train.memory_measure or "", "resident")
-    return Answer(f"Least memory, {name}", f"{gib(_peak(best[1])).text} GiB {kind}", _how(best[1]), best[0])
+    return Answer(f"Least memory, {name}", f"{size(_peak(best[1])).text} {kind}", _how(best[1]), best[0])
 
 
 def _peak(row: Entry) -> int:

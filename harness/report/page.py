@@ -34,7 +34,7 @@ from harness.report.tables import (
     number_label,
     verdict,
 )
-from harness.report.words import TIMES, Cell, digits, missing, one_line, plural
+from harness.report.words import TIMES, Cell, missing, one_line, plural
 
 DETAILS_LIMIT_BYTES = 48_000_000
 """All details of one page together; divided by their number, within the two limits below, it bounds each of them."""
@@ -58,7 +58,7 @@ def render(runs: Sequence[ReportRun], out: Path) -> None:
 
 def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
     """The page's text, for a file that will stand in `folder`."""
-    found = [entries(run.name, run.records) for run in runs]
+    found = [entries(run.name, run.records, name_run=len(runs) > 1) for run in runs]
     everything = [entry for of_run in found for entry in of_run]
     script, style, plotly = _asset("report.js"), _asset("report.css"), get_plotlyjs()
     return (
@@ -73,6 +73,7 @@ def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
             skips=_skips(everything),
             environments=headline.environments(runs),
             environment_head=sections.ENVIRONMENT_HEAD,
+            numbers=_number_kinds(everything),
             data=compact(_data(runs, found)),
             figures=[(title, compact(drawn.figure), drawn.note) for title, drawn in _figures(everything)],
             details=_details(runs, found, folder),
@@ -150,28 +151,44 @@ def _links(entry: Entry, link: sections.Link) -> list[list[str]]:
 
 def _data(runs: Sequence[ReportRun], found: Sequence[Sequence[Entry]]) -> dict[str, Any]:
     indexed = list(enumerate(entry for of_run in found for entry in of_run))
-    tables = [_table(kind, [(i, e) for i, e in indexed if e.case.kind == kind], len(runs) > 1) for kind in KINDS]
+    tables = [_table(kind, [(i, e) for i, e in indexed if e.case.kind == kind]) for kind in KINDS]
     compared = [compare.compare(found[0], other, (runs[0].name, run.name))
                 for run, other in zip(runs[1:], found[1:], strict=True)]  # fmt: skip
     return {"tables": [table for table in tables if table["rows"]], "compared": [_compared(one) for one in compared]}
 
 
-def _table(kind: str, rows: Sequence[tuple[int, Entry]], several_runs: bool) -> dict[str, Any]:
+def _table(kind: str, rows: Sequence[tuple[int, Entry]]) -> dict[str, Any]:
     columns = columns_of(kind, [entry for _, entry in rows])
-    head = [["Case", "Variant, and what tells it from its neighbours", 0], ["Status", "", 0]]
+    head: list[list[Any]] = [
+        ["Case", "Variant, and in which fields it is not like most of its run", 0],
+        ["Status", "How it ended, and what a person should know of it", 0],
+    ]
     head += [[column.title, column.hint, int(column.numeric)] for column in columns]
-    shown = [_row(i, entry, [column.of(entry) for column in columns], several_runs) for i, entry in rows]
+    shown = [_row(i, entry, [column.of(entry) for column in columns]) for i, entry in rows]
     return {"kind": kind, "title": KINDS[kind], "head": head, "rows": shown}
 
 
-def _row(index: int, entry: Entry, cells: Sequence[Cell], several_runs: bool) -> dict[str, Any]:
-    record, (tone, _) = entry.record, verdict(entry)
+def _row(index: int, entry: Entry, cells: Sequence[Cell]) -> dict[str, Any]:
+    record, (tone, sentence) = entry.record, verdict(entry)
     name = Cell(one_line(entry.case.variant, 80), record.case_id, one_line(entry.case.variant, 80))
-    apart = [one_line(entry.run, 60)] if several_runs else []
-    apart += [one_line(text, 160) for text in (entry.differs, "added by a ladder" if record.parent else "") if text]
-    return {"i": index, "s": record.status, "tone": tone, "apart": ", ".join(apart), "num": number_label(entry),
-            "q": f"{record.case_id} {full_label(entry)} {number_label(entry)} {record.skip_rule or ''}".lower(),
-            "c": [_values(cell) for cell in (name, Cell(record.status, "", record.status), *cells)]}  # fmt: skip
+    apart = [one_line(text, 160) for text in (entry.differs, "added by a ladder" if record.parent else "") if text]
+    words = (record.case_id, full_label(entry), number_label(entry), sentence, record.skip_rule or "")
+    return {
+        "i": index,
+        "s": record.status,
+        "tone": tone,
+        "v": sentence,
+        "n": number_label(entry) if record.status == "measured" else "",
+        "apart": ", ".join(apart),
+        "q": " ".join(words).lower(),
+        "c": [_values(cell) for cell in (name, Cell(record.status, "", record.status), *cells)],
+    }
+
+
+def _number_kinds(everything: Sequence[Entry]) -> str:
+    """What kinds of numbers the page holds, and how many cases of each."""
+    kinds = Counter(number_label(entry) for entry in everything if entry.record.status == "measured")
+    return "; ".join(f"{name} ({plural(amount, 'case')})" for name, amount in kinds.most_common(6))
 
 
 def _values(cell: Cell) -> list[Any]:
@@ -241,6 +258,6 @@ def _skips(everything: Sequence[Entry]) -> list[dict[str, Any]]:
         names = [full_label(entry) for entry in skipped if (entry.record.skip_rule or "", one_line(
             entry.record.skip_reason or "")) == (rule, reason)]  # fmt: skip
         more = f"and {plural(len(names) - MAX_SKIP_EXAMPLES, 'more')}" if len(names) > MAX_SKIP_EXAMPLES else ""
-        groups.append({"rule": one_line(rule, 80), "reason": reason, "n": digits(amount), "more": more.rstrip("s"),
+        groups.append({"rule": one_line(rule, 80), "reason": reason, "n": f"{amount:,}", "more": more.rstrip("s"),
                        "cases": names[:MAX_SKIP_EXAMPLES]})  # fmt: skip
     return groups

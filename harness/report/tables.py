@@ -21,7 +21,7 @@ from harness.report.words import (
     percent,
     plural,
 )
-from harness.schema import ChainCase, Record, ServeCase, TrainCase
+from harness.schema import NOT_IDENTITY, ChainCase, Record, ServeCase, TrainCase
 from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
 
 Case = TrainCase | ServeCase | ChainCase
@@ -31,7 +31,7 @@ NOISY = 0.10
 UNEVEN = 1.20
 """Ratio between ranks, of memory or of time before the first collective, from which it is named (our own threshold)."""
 IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "seq_len", "concurrency",
-                        "input_len", "output_len", "adapter", "lora_targets"})  # fmt: skip
+                        "input_len", "output_len", "adapter", *NOT_IDENTITY})  # fmt: skip
 """Case fields that the tables show, or that follow from one they show."""
 
 
@@ -55,7 +55,7 @@ class Entry:
     record: Record
     summary: Summary | None
     differs: str
-    """Fields that vary within the run and stand in no column, as text."""
+    """Fields that stand in no column and are not what most cases of its kind and run have, as text."""
 
     @property
     def case(self) -> Case:
@@ -91,10 +91,13 @@ class Entry:
         return reasons.get(self.record.status, "not measured: the payload did not state it")
 
 
-def entries(run: str, records: Sequence[Record]) -> list[Entry]:
-    """The records of a run with their statistics, in the order given."""
-    varying = _varying_fields([record.case for record in records])
-    return [Entry(run, record, summarize(record), _differs(record.case, varying)) for record in records]
+def entries(run: str, records: Sequence[Record], *, name_run: bool = False) -> list[Entry]:
+    """The records of a run with their statistics, in the order given; `name_run` where another run stands beside it."""
+    usual = _usual_fields([record.case for record in records])
+    own = [one_line(run, 60)] if name_run else []
+    return [
+        Entry(run, record, summarize(record), ", ".join([*own, *_differs(record.case, usual)])) for record in records
+    ]
 
 
 def _fields(case: Case) -> dict[str, Any]:
@@ -106,20 +109,33 @@ def _fields(case: Case) -> dict[str, Any]:
     return {"kind": "chain", **both}
 
 
-def _varying_fields(cases: Sequence[Case]) -> dict[str, list[str]]:
-    """By kind of case, the fields that no column shows and that have more than one value."""
-    values: dict[str, dict[str, set[Any]]] = {}
+def _comparable(case: Case) -> dict[tuple[str, str, str], Any]:
+    """What may tell a case from its neighbours: kind, field and, for targets that follow from it, variant -> value."""
+    found: dict[tuple[str, str, str], Any] = {}
+    for name, value in _fields(case).items():
+        field = name.split(".")[-1]
+        full = name.removesuffix(field) + "method"
+        if field not in IN_COLUMNS and not (field.startswith("lora") and _fields(case)[full] == "full"):
+            found[(case.kind, name, case.variant if field == "lora_targets" else "")] = value
+    return found
+
+
+def _usual_fields(cases: Sequence[Case]) -> dict[tuple[str, str, str], Any]:
+    """The most frequent value of each comparable field."""
+    seen: dict[tuple[str, str, str], Counter[Any]] = {}
     for case in cases:
-        of_kind = values.setdefault(case.kind, {})
-        for name, value in _fields(case).items():
-            if name.split(".")[-1] not in IN_COLUMNS:
-                of_kind.setdefault(name, set()).add(value)
-    return {kind: [name for name, seen in names.items() if len(seen) > 1] for kind, names in values.items()}
+        for key, value in _comparable(case).items():
+            seen.setdefault(key, Counter())[value] += 1
+    return {key: values.most_common(1)[0][0] for key, values in seen.items()}
 
 
-def _differs(case: Case, varying: dict[str, list[str]]) -> str:
-    fields = _fields(case)
-    return ", ".join(f"{name} {fields[name]}" for name in varying[case.kind])
+def _differs(case: Case, usual: dict[tuple[str, str, str], Any]) -> list[str]:
+    mine = _comparable(case)
+    return [f"{key[1]} {_plain(value)}" for key, value in mine.items() if value != usual[key]]
+
+
+def _plain(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 # ---------------------------------------------------------------- words for a case
@@ -245,6 +261,12 @@ def _peak(field: str) -> Callable[[Entry], Cell]:
     return _train(of)
 
 
+def _cpu_growth(entry: Entry) -> Cell:
+    """Of a CPU case alone: beside a GPU's memory the host's is another question."""
+    on_cpu = entry.training is not None and entry.training.device == "cpu"
+    return _peak("rss_growth_bytes")(entry) if on_cpu else missing("not shown for a case on a GPU")
+
+
 def peak_row(rows: Iterable[MemoryRow], field: str) -> MemoryRow | None:
     """The row that is largest in `field`, `None` where no row has it."""
     known = [row for row in rows if getattr(row, field) is not None]
@@ -275,12 +297,6 @@ def _smoke(serve: ServeSummary) -> Cell:
                 float(serve.smoke.ok))  # fmt: skip
 
 
-def _verdict(entry: Entry) -> Cell:
-    text = verdict(entry)[1]
-    diagnosis = entry.record.last.diagnosis if entry.record.last else None
-    return Cell(text, f"class {one_line(diagnosis.failure_class, 60)}" if diagnosis else "", text)
-
-
 _METHOD = Column("Method", "How the parameters are trained", _training(lambda case: _text(case.method)), False)
 _STRATEGY = Column(
     "Strategy", "none, ddp or fsdp, and the devices it spans", _training(lambda case: _text(place(case))), False
@@ -291,23 +307,22 @@ _MEMORY = [
     Column("Alloc. GiB", "Peak allocated on one GPU, over ranks and phases", _peak("allocated_bytes"), optional=True),
     Column("Resvd. GiB", "Peak reserved on one GPU, over ranks and phases", _peak("reserved_bytes"), optional=True),
     Column("Device GiB", "Peak used on one GPU by all processes", _peak("device_used_bytes"), optional=True),
-    Column("RSS+ GiB", "CPU: peak growth of one rank's resident memory after imports", _peak("rss_growth_bytes"),
+    Column("RSS+ GiB", "CPU: peak growth of one rank's resident memory after imports", _cpu_growth,
            optional=True),
 ]  # fmt: skip
 _LATENCIES = [
-    Column("TTFT p50", "Time to first token, ms, median", _latency("ttft", "p50_s")),
+    Column("TTFT ms p50", "Time to first token, ms, median", _latency("ttft", "p50_s")),
     Column("p95", "Time to first token, ms, 95th percentile", _latency("ttft", "p95_s")),
     Column("p99", "Time to first token, ms, 99th percentile", _latency("ttft", "p99_s")),
-    Column("TPOT p50", "Time per output token, ms, median", _latency("tpot", "p50_s")),
+    Column("TPOT ms p50", "Time per output token, ms, median", _latency("tpot", "p50_s")),
     Column("p95", "Time per output token, ms, 95th percentile", _latency("tpot", "p95_s")),
     Column("p99", "Time per output token, ms, 99th percentile", _latency("tpot", "p99_s")),
-    Column("ITL p50", "Inter-token latency, ms, median", _latency("itl", "p50_s")),
+    Column("ITL ms p50", "Inter-token latency, ms, median", _latency("itl", "p50_s")),
     Column("p95", "Inter-token latency, ms, 95th percentile", _latency("itl", "p95_s")),
     Column("p99", "Inter-token latency, ms, 99th percentile", _latency("itl", "p99_s")),
 ]
 _OUTPUT = Column("Output tok/s", "Generated tokens per second, all requests together", _serve(_output_rate))
 _FAILED = Column("Failed", "Failed requests of those sent; the others are n", _serve(_failed_requests))
-_VERDICT = Column("Verdict", "What a person should know of this case", _verdict, False)
 _MODEL = Column("Served", "base (none), adapter or merged", _serving(lambda case: _text(case.adapter)), False)
 _N = Column("n", "Steady steps behind the statistics", _train(lambda train: count(train.steady_steps)))
 
@@ -318,7 +333,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("p95", "95th percentile of the step time", _train(lambda t: duration(t.step_time_s.p95))),
         Column("CV", "Coefficient of variation of the step time: deviation over mean",
                _train(lambda t: percent(t.step_time_s.coefficient_of_variation, "not measured: needs two steps"))),
-        _N, *_MEMORY, _VERDICT,
+        _N, *_MEMORY,
     ),
     "serve": (
         _MODEL,
@@ -326,7 +341,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("In / out", "Tokens of a prompt and of an answer",
                _serving(lambda case: Cell(f"{case.input_len} / {case.output_len}", "", case.input_len))),
         *_LATENCIES, _OUTPUT,
-        _FAILED, _VERDICT,
+        _FAILED,
     ),
     "chain": (
         _METHOD, _STRATEGY, _SEQ_LEN, _MODEL, _TOKENS, *_MEMORY,
@@ -336,7 +351,6 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _LATENCIES[0], _LATENCIES[3], _OUTPUT, _FAILED,
         Column("Smoke", "One chat request: JSON, thinking policy, tokens, adapter differs from base",
                _serve(_smoke), False),
-        _VERDICT,
     ),
 }  # fmt: skip
 

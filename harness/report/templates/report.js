@@ -33,13 +33,15 @@
       if (small) { layout.yaxis.ticklabelposition = "inside"; layout.bargap = 0.5; }
     }
     delete layout.wide_labels;
+    const longest = Math.max(...figure.data.map((trace) => (trace.name || "").length));
+    const perLine = longest > 36 ? 1 : longest > 18 ? 2 : 4;
     const traces = figure.data.filter((trace) => trace.showlegend !== false).length;
     return Object.assign(layout, {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
       font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
       margin: { l: small ? 44 : 56, r: 12, t: 22, b: 44 }, dragmode: small ? false : "zoom",
-      height: (layout.height || 340) + 17 * Math.max(0, traces - (small ? 2 : 4)), autosize: true,
-      showlegend: traces > 1, legend: { orientation: "h", y: -0.2, yref: "paper", x: 0, xanchor: "left", font: { size: 11 } },
+      height: (layout.height || 330) + (traces > 1 ? 19 * Math.ceil(traces / (small ? 1 : perLine)) : 0), autosize: true,
+      showlegend: traces > 1, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 } },
       hoverlabel: { namelength: -1 },
     });
   };
@@ -165,10 +167,12 @@
       const last = this.spec.head.length - 1;
       const cells = row.c.map(([text, sort, why], i) => {
         const numeric = this.spec.head[i][2], empty = text === "–";
-        const kinds = [numeric ? "num" : "", empty ? "empty" : "", i === last ? `wide verdict tone-${row.tone}` : ""];
+        const kinds = [numeric ? "num" : "", empty ? "empty" : "", !row.s && i === last ? `wide tone-${row.tone}` : "", row.s && i === 1 ? "verdict" : ""];
         const cell = make("td", { class: kinds.filter(Boolean).join(" "), "data-label": this.full(i), title: why });
         if (i === 0) cell.append(...this.name(row, text));
-        else if (i === 1 && row.s) cell.append(make("span", { class: `status ${row.s}` }, text));
+        else if (i === 1 && row.s) cell.append(make("span", { class: `status ${row.s}` }, text),
+          make("bdi", { class: `said tone-${row.tone}` }, row.v),
+          row.n ? make("span", { class: "said tone-none" }, row.n) : "");
         else cell.append(empty ? make("span", { class: "dash" }, text) : make("bdi", {}, text));
         return cell;
       });

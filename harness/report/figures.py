@@ -149,7 +149,7 @@ def _memory_by_case(rows: Sequence[Entry], field: str, title: str) -> Drawn | No
     data = [_rank_bars(rank, shown) for rank in ranks]
     height = 100 + (14 + 16 * len(ranks)) * len(shown)
     layout = {"barmode": "group", "xaxis": _axis(title, rangemode="tozero"), "height": height,
-              "yaxis": {"autorange": "reversed", "ticklabelposition": "outside"}, "wide_labels": True}  # fmt: skip
+              "yaxis": {"autorange": "reversed"}, "wide_labels": True}  # fmt: skip
     return Drawn({"data": data, "layout": layout}, _left_out(MAX_CASES, len(known), "cases"))
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from harness.report.sections import environment_row, when
+from harness.report.parts import when
+from harness.report.sections import environment_row
 from harness.report.tables import Entry, ReportRun, full_label, peak_row, place, verdict
 from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance

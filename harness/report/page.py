@@ -22,7 +22,7 @@ from urllib.parse import quote
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from harness.report import compare, figures, headline, sections
+from harness.report import compare, figures, headline, parts, sections
 from harness.report.tables import (
     KINDS,
     Entry,
@@ -41,6 +41,7 @@ DETAILS_LIMIT_BYTES = 48_000_000
 DETAIL_MOST_BYTES = 96_000
 DETAIL_LEAST_BYTES = 6_000
 MAX_SKIP_EXAMPLES = 8
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False)
 
 
 def render(runs: Sequence[ReportRun], out: Path) -> None:
@@ -114,7 +115,7 @@ def _asset(name: str) -> str:
 
 def compact(value: Any) -> str:
     """JSON for a `<script type="application/json">`: nothing in it can end the element or begin a comment."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _ENCODER.encode(value)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -123,7 +124,7 @@ def compact(value: Any) -> str:
 # ---------------------------------------------------------------- links
 
 
-def linker(run: ReportRun, folder: Path) -> sections.Link:
+def linker(run: ReportRun, folder: Path) -> parts.Link:
     """Addresses of files of a run, relative to the page in `folder`; none for a path that leaves the run directory."""
     base = os.path.relpath(Path(run.source).resolve(), folder.resolve())
 
@@ -136,7 +137,7 @@ def linker(run: ReportRun, folder: Path) -> sections.Link:
     return link
 
 
-def _links(entry: Entry, link: sections.Link) -> list[list[str]]:
+def _links(entry: Entry, link: parts.Link) -> list[list[str]]:
     """The record, and the folder and logs of the attempt that decided it."""
     found = [["record", link(f"cases/{entry.record.case_id}/record.json")]]
     for job in entry.record.last.jobs if entry.record.last else ():
@@ -234,19 +235,22 @@ def _details(runs: Sequence[ReportRun], found: Sequence[Sequence[Entry]], folder
     return details
 
 
-def detail(entry: Entry, link: sections.Link, limit_bytes: int) -> str:
-    """A record's detail as JSON of at most `limit_bytes` or so: the largest parts are left out first, and named."""
-    parts = [(section.title, compact(sections.as_json(section))) for section in sections.sections(entry, link)]
-    total = sum(len(text.encode()) for _, text in parts)
+def detail(entry: Entry, link: parts.Link, limit_bytes: int) -> str:
+    """A record's detail as JSON of at most about `limit_bytes`; parts that do not fit are left out and named.
+
+    The largest go first, and of those only such as a reader would have to open: a diagnosis outlives a table of ranks.
+    """
+    found = [(part.open, part.title, compact(parts.as_json(part))) for part in sections.sections(entry, link)]
+    sizes = {title: len(text.encode()) for _, title, text in found}
     left_out: list[str] = []
-    while total > limit_bytes and parts:
-        largest = max(parts, key=lambda part: len(part[1]))
-        parts.remove(largest)
-        left_out.append(largest[0])
-        total -= len(largest[1].encode())
+    while sum(sizes.values()) > limit_bytes:
+        dropped = max((part for part in found if part[1] in sizes), key=lambda part: (not part[0], sizes[part[1]]))[1]
+        left_out.append(dropped)
+        del sizes[dropped]
     head = {"id": one_line(entry.record.case_id, 160), "label": full_label(entry), "links": _links(entry, link),
             "num": number_label(entry), "left_out": left_out}  # fmt: skip
-    return f'{{"head":{compact(head)},"sections":[{",".join(text for _, text in parts)}]}}'
+    texts = ",".join(text for _, title, text in found if title in sizes)
+    return f'{{"head":{compact(head)},"sections":[{texts}]}}'
 
 
 def _skips(everything: Sequence[Entry]) -> list[dict[str, Any]]:

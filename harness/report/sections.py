@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.report import figures
+from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
 from harness.report.tables import Entry, number_label, peak_row
 from harness.report.words import (
     MISSING,
@@ -28,31 +27,6 @@ from harness.report.words import (
 from harness.schema import Attempt, ChainCase, Environment, JobRun, Latency, Provenance, RankObservation
 from harness.summary import ServeSummary, Spread, TrainSummary
 
-MAX_ROWS = 64
-"""Rows of one table in a detail; what is left out is counted."""
-Link = Callable[[str], str]
-"""From a path relative to the run directory to an address, `""` where none is to be made."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a record's detail: facts, a table, a text or a figure."""
-
-    title: str
-    facts: tuple[tuple[str, Cell], ...] = ()
-    head: tuple[str, ...] = ()
-    rows: tuple[tuple[Cell, ...], ...] = ()
-    text: str = ""
-    figure: figures.Figure | None = None
-    note: str = ""
-    open: bool = False
-    """Shown at once, not on a click."""
-
-
-def no_link(path: str) -> str:
-    """Where there is nothing to link to."""
-    return ""
-
 
 def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     """All that is known of one record, what a reader wants first in front."""
@@ -70,58 +44,14 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     return [section for section in found if section is not None]
 
 
-# ---------------------------------------------------------------- small parts
-
-
-def _word(value: object, why: str = "") -> Cell:
-    return Cell(one_line(str(value)), why)
-
-
-def _words(name: str) -> str:
-    """A name of ours or of a payload's, as words."""
-    return one_line(name, 60).replace("_", " ")
-
-
-def _table(title: str, head: tuple[str, ...], rows: Sequence[tuple[Cell, ...]], **more: Any) -> Section | None:
-    if not rows:
-        return None
-    left_out = f"{len(rows) - MAX_ROWS} further rows are in the record." if len(rows) > MAX_ROWS else ""
-    return Section(title, head=head, rows=tuple(rows[:MAX_ROWS]), note=left_out, **more)
-
-
-def _facts(title: str, facts: Iterable[tuple[str, Cell]], **more: Any) -> Section | None:
-    found = tuple(facts)
-    return Section(title, facts=found[: 4 * MAX_ROWS], **more) if found else None
-
-
-def when(seconds: float) -> str:
-    """Unix seconds as UTC, to the second."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-
-
-def plain_json(value: Any) -> str:
-    """A JSON value as a person reads it: `mamba 49,152, mlp 24,576`."""
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {plain_json(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(plain_json(item) for item in value)
-    return str(value)
-
-
 # ---------------------------------------------------------------- how it ended
 
 
 def _skip(entry: Entry) -> Section | None:
     if entry.record.status != "skipped":
         return None
-    facts = [("Reason", _word(entry.record.skip_reason or "")), ("Rule", _word(entry.record.skip_rule or ""))]
-    return _facts("Why it was skipped", facts, open=True)
+    facts = [("Reason", word(entry.record.skip_reason or "")), ("Rule", word(entry.record.skip_rule or ""))]
+    return facts_section("Why it was skipped", facts, open=True)
 
 
 def _failure(attempt: Attempt, link: Link) -> list[Section | None]:
@@ -132,18 +62,18 @@ def _failure(attempt: Attempt, link: Link) -> list[Section | None]:
     where = [f"{name} {value}" for name in ("rank", "host", "gpu") if culprit and
              (value := getattr(culprit, name)) is not None]  # fmt: skip
     facts = [
-        ("What failed", _word(diagnosis.summary)),
-        ("Class", _word(f"{diagnosis.failure_class} ({diagnosis.class_status})")),
-        ("Phase", _word(diagnosis.phase or MISSING)),
-        ("Where it began", _word(f"{', '.join(where)} ({diagnosis.culprit_status})") if where else missing("unknown")),
-        ("Cause", _word(diagnosis.cause_status, "how sure the diagnosis is of the cause")),
-        ("Next step", _word(diagnosis.next_step or MISSING)),
+        ("What failed", word(diagnosis.summary)),
+        ("Class", word(f"{diagnosis.failure_class} ({diagnosis.class_status})")),
+        ("Phase", word(diagnosis.phase or MISSING)),
+        ("Where it began", word(f"{', '.join(where)} ({diagnosis.culprit_status})") if where else missing("unknown")),
+        ("Cause", word(diagnosis.cause_status, "how sure the diagnosis is of the cause")),
+        ("Next step", word(diagnosis.next_step or MISSING)),
     ]
     quotes = [(Cell(one_line(f"{quote.file}:{quote.line}", 160), "", None, link(f"jobs/{quote.file}")),
-               _word(quote.role), _word(quote.text)) for quote in diagnosis.evidence]  # fmt: skip
+               word(quote.role), word(quote.text)) for quote in diagnosis.evidence]  # fmt: skip
     tail = Section("End of the log", text=clean_end(attempt.log_tail), open=True) if attempt.log_tail else None
-    return [_facts("Diagnosis", facts, open=True),
-            _table("Evidence", ("file:line", "role", "says"), quotes, open=True), tail]  # fmt: skip
+    return [facts_section("Diagnosis", facts, open=True),
+            table_section("Evidence", ("file:line", "role", "says"), quotes, open=True), tail]  # fmt: skip
 
 
 # ---------------------------------------------------------------- numbers
@@ -179,7 +109,7 @@ def _training_results(entry: Entry) -> Section | None:
         ("Merge", duration(train.merge_s, "nothing was merged")),
         ("Merge peak memory", size(train.merge_peak_rss_bytes, "nothing was merged")),
     ]
-    return _facts(f"Training results ({number_label(entry)})", [*facts, *_reload(entry)], open=True)
+    return facts_section(f"Training results ({number_label(entry)})", [*facts, *_reload(entry)], open=True)
 
 
 def _slowest(train: TrainSummary) -> Cell:
@@ -212,7 +142,7 @@ def _serving_results(entry: Entry) -> Section | None:
         ("Server peak resident memory", size(serve.peak_rss_bytes)),
         *_load_facts(serve),
     ]
-    return _facts(f"Serving results ({number_label(entry)})", facts, open=True)
+    return facts_section(f"Serving results ({number_label(entry)})", facts, open=True)
 
 
 def _load_facts(serve: ServeSummary) -> list[tuple[str, Cell]]:
@@ -240,7 +170,7 @@ def _latencies(entry: Entry) -> Section | None:
 
     rows = [row("Time to first token", load.ttft), row("Time per output token", load.tpot),
             row("Inter-token latency", load.itl)]  # fmt: skip
-    return _table("Latency, ms", ("", "mean", "p50", "p95", "p99", "n requests"), rows, open=True)
+    return table_section("Latency, ms", ("", "mean", "p50", "p95", "p99", "n requests"), rows, open=True)
 
 
 def _figures(entry: Entry, attempt: Attempt) -> list[Section | None]:
@@ -257,18 +187,18 @@ def _figures(entry: Entry, attempt: Attempt) -> list[Section | None]:
 
 def _memory_table(entry: Entry) -> Section | None:
     train = entry.summary.train if entry.summary else None
-    rows = [(Cell(str(row.rank)), Cell(_words(row.phase)), gib(row.allocated_bytes, "a CPU has none"),
+    rows = [(Cell(str(row.rank)), Cell(words(row.phase)), gib(row.allocated_bytes, "a CPU has none"),
              gib(row.reserved_bytes, "a CPU has none"), gib(row.device_used_bytes, "a CPU has none"),
              gib(row.rss_growth_bytes), gib(row.rss_bytes)) for row in (train.memory if train else ())]  # fmt: skip
     head = ("rank", "phase", "allocated", "reserved", "device used", "RSS growth", "RSS")
-    return _table("Memory peaks, GiB", head, rows)
+    return table_section("Memory peaks, GiB", head, rows)
 
 
 def _ranks(entry: Entry, attempt: Attempt) -> Section | None:
     train = entry.summary.train if entry.summary else None
     rows = [_rank_row(rank, train) for rank in attempt.observation.ranks]
     head = ("rank", "host", "pid", "device", "steps", "before collective", "peak", "last phase", "ended")
-    return _table("Ranks", head, rows)
+    return table_section("Ranks", head, rows)
 
 
 def _rank_row(rank: RankObservation, train: TrainSummary | None) -> tuple[Cell, ...]:
@@ -276,10 +206,10 @@ def _rank_row(rank: RankObservation, train: TrainSummary | None) -> tuple[Cell, 
     before = train.before_collective_s.get(rank.rank) if train else None
     measure = (train.memory_measure or "").replace("_", " ") if train else ""
     return (
-        Cell(str(rank.rank)), _word(rank.host or MISSING), _word(rank.pid or MISSING),
-        _word(rank.device_name or MISSING), count(len(rank.steps.step)), duration(before),
+        Cell(str(rank.rank)), word(rank.host or MISSING), word(rank.pid or MISSING),
+        word(rank.device_name or MISSING), count(len(rank.steps.step)), duration(before),
         size(peak.peak_bytes)._replace(why=f"{measure}, phase {peak.phase}") if peak else missing(),
-        _word(rank.last_phase or MISSING), Cell("yes" if rank.ended else "no"),
+        word(rank.last_phase or MISSING), Cell("yes" if rank.ended else "no"),
     )  # fmt: skip
 
 
@@ -290,41 +220,41 @@ def _proof(attempt: Attempt) -> Section | None:
     seen = attempt.observation.train
     if seen is None or not seen.proof:
         return None
-    wrong = [("Differs from what was asked", _word(text)) for text in seen.proof_mismatches]
-    facts = [(_words(key), _word(plain_json(value))) for key, value in seen.proof.items()]
+    wrong = [("Differs from what was asked", word(text)) for text in seen.proof_mismatches]
+    facts = [(words(key), word(plain_json(value))) for key, value in seen.proof.items()]
     note = "Differs from what was asked." if wrong else "What ran is what was asked."
-    return _facts("Proof of what ran", [*wrong, *facts], note=note)
+    return facts_section("Proof of what ran", [*wrong, *facts], note=note)
 
 
 def _phases(attempt: Attempt) -> Section | None:
     seen = attempt.observation.train
-    rows = [(_word(name), duration(value)) for name, value in (seen.phases_s if seen else {}).items()]
-    return _table("Phases", ("phase", "took"), rows)
+    rows = [(word(name), duration(value)) for name, value in (seen.phases_s if seen else {}).items()]
+    return table_section("Phases", ("phase", "took"), rows)
 
 
 def _smoke(attempt: Attempt) -> Section | None:
     smoke = attempt.observation.serve.smoke if attempt.observation.serve else None
     if smoke is None:
         return None
-    checks = [(_words(name), Cell("yes" if right else "NO")) for name, right in smoke.checks.items()]
+    checks = [(words(name), Cell("yes" if right else "NO")) for name, right in smoke.checks.items()]
     facts = [("passed", Cell("yes" if smoke.ok else "NO")), *checks, ("latency", duration(smoke.latency_s)),
-             ("generated tokens", count(smoke.generated_tokens)), ("answer", _word(smoke.text))]  # fmt: skip
-    return _facts("Smoke request", facts)
+             ("generated tokens", count(smoke.generated_tokens)), ("answer", word(smoke.text))]  # fmt: skip
+    return facts_section("Smoke request", facts)
 
 
 def _server(attempt: Attempt) -> Section | None:
     serve = attempt.observation.serve
-    return _facts("The server", [(one_line(key, 80), _word(plain_json(value))) for key, value in
+    return facts_section("The server", [(one_line(key, 80), word(plain_json(value))) for key, value in
                                  (serve.facts if serve else {}).items()])  # fmt: skip
 
 
 def _case(entry: Entry) -> Section | None:
     case = entry.case
     halves = [("train ", case.train), ("serve ", case.serve)] if isinstance(case, ChainCase) else [("", case)]
-    facts = [(f"{half}{name}", _word(plain_json(value))) for half, of in halves
+    facts = [(f"{half}{name}", word(plain_json(value))) for half, of in halves
              for name, value in of.model_dump(mode="json").items()]  # fmt: skip
-    more = [("made from", _word(entry.record.parent))] if entry.record.parent else []
-    return _facts("The case", [("id", _word(entry.record.case_id)), *more, *facts])
+    more = [("made from", word(entry.record.parent))] if entry.record.parent else []
+    return facts_section("The case", [("id", word(entry.record.case_id)), *more, *facts])
 
 
 # ---------------------------------------------------------------- where it comes from
@@ -335,22 +265,22 @@ def _provenance(of: Provenance | None) -> Section | None:
         return None
     cards = [f"{gpu.index}: {gpu.name}, {size(gpu.total_bytes).text}, {gpu.uuid}" for gpu in of.gpus]
     facts = [
-        ("Numbers are", _word(of.number_kind)), ("Weights", _word(of.weights)),
-        ("harness", _word(of.harness_version)), ("Commit", _word(of.commit) if of.commit else missing("unknown")),
-        ("Payload SHA-256", _word(of.payload_sha256)), ("Matrix SHA-256", _word(of.matrix_sha256)),
-        ("Backend", _word(of.backend)), ("Hosts", _word(", ".join(of.hosts))),
-        ("CPU", _word(f"{of.cpu}, {of.cpu_count} cores")), ("Memory", size(of.memory_bytes)),
-        ("GPUs", _word("; ".join(cards) or "none")), ("Driver", _word(of.driver) if of.driver else missing("no GPU")),
+        ("Numbers are", word(of.number_kind)), ("Weights", word(of.weights)),
+        ("harness", word(of.harness_version)), ("Commit", word(of.commit) if of.commit else missing("unknown")),
+        ("Payload SHA-256", word(of.payload_sha256)), ("Matrix SHA-256", word(of.matrix_sha256)),
+        ("Backend", word(of.backend)), ("Hosts", word(", ".join(of.hosts))),
+        ("CPU", word(f"{of.cpu}, {of.cpu_count} cores")), ("Memory", size(of.memory_bytes)),
+        ("GPUs", word("; ".join(cards) or "none")), ("Driver", word(of.driver) if of.driver else missing("no GPU")),
     ]  # fmt: skip
-    return _facts("Provenance", facts)
+    return facts_section("Provenance", facts)
 
 
 def environment_row(of: Environment) -> tuple[Cell, ...]:
     """An environment in a table: name, box, pinned, digest, Python, libraries."""
     digest = one_line(of.digest, 80)
     libraries = ", ".join(f"{name} {version}" for name, version in of.libraries.items())
-    return (_word(of.name), _word(of.box), Cell("pinned" if of.pinned else "UNPINNED"), Cell(digest[:19], digest),
-            _word(of.python), _word(libraries))  # fmt: skip
+    return (word(of.name), word(of.box), Cell("pinned" if of.pinned else "UNPINNED"), Cell(digest[:19], digest),
+            word(of.python), word(libraries))  # fmt: skip
 
 
 _ENDINGS = ("timed_out", "stalled", "host_oom_killed", "interrupted", "lost")
@@ -358,21 +288,21 @@ ENVIRONMENT_HEAD = ("environment", "box", "pinned", "digest", "Python", "librari
 
 
 def _environments(found: Sequence[Environment]) -> Section | None:
-    return _table("Environments", ENVIRONMENT_HEAD, [environment_row(of) for of in found])
+    return table_section("Environments", ENVIRONMENT_HEAD, [environment_row(of) for of in found])
 
 
 def _job_row(attempt: Attempt, job: JobRun, link: Link) -> tuple[Cell, ...]:
     out = job.outcome
     how = [f"signal {out.signal}" if out.signal is not None else f"exit code {out.exit_code}"]
-    how += [_words(name) for name in _ENDINGS if getattr(out, name)] + ([out.detail] if out.detail else [])
+    how += [words(name) for name in _ENDINGS if getattr(out, name)] + ([out.detail] if out.detail else [])
     came_to = attempt.diagnosis.failure_class if attempt.diagnosis else "measured"
-    return (Cell(str(attempt.number)), Cell(one_line(job.dir, 120), "", None, link(job.dir)), _word(", ".join(how)),
-            Cell(when(out.start)), duration(out.end - out.start), _word(came_to))  # fmt: skip
+    return (Cell(str(attempt.number)), Cell(one_line(job.dir, 120), "", None, link(job.dir)), word(", ".join(how)),
+            Cell(when(out.start)), duration(out.end - out.start), word(came_to))  # fmt: skip
 
 
 def _attempts(attempts: Sequence[Attempt], link: Link) -> Section | None:
     rows = [_job_row(attempt, job, link) for attempt in attempts for job in attempt.jobs]
-    return _table("Attempts", ("attempt", "folder", "ended with", "began", "took", "came to"), rows)
+    return table_section("Attempts", ("attempt", "folder", "ended with", "began", "took", "came to"), rows)
 
 
 def _said(attempt: Attempt) -> list[Section | None]:
@@ -381,7 +311,7 @@ def _said(attempt: Attempt) -> list[Section | None]:
     errors = "\n\n".join(_error_text(error) for error in seen.errors)
     parts = [("Errors the payload reported", errors), ("Notes", "\n".join(seen.notes)),
              ("Unreadable in the run files", "\n".join(seen.problems))]  # fmt: skip
-    libraries = _facts("Libraries as the payload found them", [(one_line(k, 60), _word(v)) for k, v in
+    libraries = facts_section("Libraries as the payload found them", [(one_line(k, 60), word(v)) for k, v in
                                                               seen.libraries.items()])  # fmt: skip
     return [*(Section(title, text=clean(text)) for title, text in parts if text), libraries]
 
@@ -389,18 +319,3 @@ def _said(attempt: Attempt) -> list[Section | None]:
 def _error_text(error: dict[str, Any]) -> str:
     head = f"rank {error.get('rank')}, phase {error.get('phase')}: {error.get('type')}: {error.get('message')}"
     return f"{head}\n{error.get('traceback') or ''}".rstrip()
-
-
-def as_json(section: Section) -> dict[str, Any]:
-    """A section for the page: only what it has, cells as short lists."""
-    found: dict[str, Any] = {"t": section.title}
-    if section.facts:
-        found["f"] = [[name, *_short(cell)] for name, cell in section.facts]
-    if section.rows:
-        found["h"], found["r"] = section.head, [[_short(cell) for cell in row] for row in section.rows]
-    rest = {"x": section.text, "p": section.figure, "n": section.note, "o": section.open}
-    return found | {key: value for key, value in rest.items() if value}
-
-
-def _short(cell: Cell) -> list[str]:
-    return [cell.text, cell.why, cell.href] if cell.href else [cell.text, cell.why] if cell.why else [cell.text]

@@ -93,10 +93,12 @@ class Entry:
 
 def entries(run: str, records: Sequence[Record], *, name_run: bool = False) -> list[Entry]:
     """The records of a run with their statistics, in the order given; `name_run` where another run stands beside it."""
-    usual = _usual_fields([record.case for record in records])
+    comparable = [_comparable(record.case) for record in records]
+    usual = _usual_values(comparable)
     own = [one_line(run, 60)] if name_run else []
     return [
-        Entry(run, record, summarize(record), ", ".join([*own, *_differs(record.case, usual)])) for record in records
+        Entry(run, record, summarize(record), ", ".join([*own, *_differs(mine, usual)]))
+        for record, mine in zip(records, comparable, strict=True)
     ]
 
 
@@ -109,28 +111,30 @@ def _fields(case: Case) -> dict[str, Any]:
     return {"kind": "chain", **both}
 
 
-def _comparable(case: Case) -> dict[tuple[str, str, str], Any]:
-    """What may tell a case from its neighbours: kind, field and, for targets that follow from it, variant -> value."""
-    found: dict[tuple[str, str, str], Any] = {}
-    for name, value in _fields(case).items():
+Comparable = dict[tuple[str, str, str], Any]
+"""What may tell a case from its neighbours: kind, field and, for targets that follow from it, variant -> value."""
+
+
+def _comparable(case: Case) -> Comparable:
+    fields, found = _fields(case), Comparable()
+    for name, value in fields.items():
         field = name.split(".")[-1]
-        full = name.removesuffix(field) + "method"
-        if field not in IN_COLUMNS and not (field.startswith("lora") and _fields(case)[full] == "full"):
+        method = fields.get(name.removesuffix(field) + "method")
+        if field not in IN_COLUMNS and not (field.startswith("lora") and method == "full"):
             found[(case.kind, name, case.variant if field == "lora_targets" else "")] = value
     return found
 
 
-def _usual_fields(cases: Sequence[Case]) -> dict[tuple[str, str, str], Any]:
+def _usual_values(found: Sequence[Comparable]) -> Comparable:
     """The most frequent value of each comparable field."""
     seen: dict[tuple[str, str, str], Counter[Any]] = {}
-    for case in cases:
-        for key, value in _comparable(case).items():
+    for of_case in found:
+        for key, value in of_case.items():
             seen.setdefault(key, Counter())[value] += 1
     return {key: values.most_common(1)[0][0] for key, values in seen.items()}
 
 
-def _differs(case: Case, usual: dict[tuple[str, str, str], Any]) -> list[str]:
-    mine = _comparable(case)
+def _differs(mine: Comparable, usual: Comparable) -> list[str]:
     return [f"{key[1]} {_plain(value)}" for key, value in mine.items() if value != usual[key]]
 
 
@@ -203,7 +207,7 @@ def _serve_remarks(entry: Entry) -> list[str]:
 def number_label(entry: Entry) -> str:
     """What kind of number this record holds, and of which weights."""
     provenance = entry.record.provenance
-    if provenance is None:
+    if provenance is None or entry.record.status != "measured":
         return "no number"
     return f"{provenance.number_kind}, {one_line(provenance.weights, 60)} weights"
 

@@ -14,7 +14,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from harness.report.sections import Section, no_link, sections
+from harness.report.parts import Section
+from harness.report.sections import sections
 from harness.report.tables import Entry, counts, entries, full_label, key_number, number_label, verdict
 from harness.report.words import MISSING, clean, digits, duration, one_line, plural
 from harness.schema import Plan, Record, case_id
@@ -195,7 +196,7 @@ def case(record: Record, folder: Path) -> RenderableType:
     second = Text(record.status, style=STATUS_STYLE[record.status])
     second.append(f"  {sentence}", style=TONE_STYLE[tone]).append(f"  ({number_label(entry)})", style="dim")
     files = Text(str(folder / "cases" / record.case_id / "record.json"), style="dim", overflow="fold")
-    parts = [part for section in sections(entry, no_link) if section.figure is None for part in _section(section)]
+    parts = [part for section in sections(entry) if section.figure is None for part in _section(section)]
     return Group(head, Text(full_label(entry)), second, files, *parts)
 
 

@@ -57,6 +57,8 @@ def clean_end(text: str, limit: int = TEXT_LIMIT) -> str:
 
 def one_line(text: str, limit: int = LINE_LIMIT) -> str:
     """Text from a log as one clean line."""
+    if len(text) <= limit and text.isprintable():
+        return " ".join(text.split())
     return _cut(" ".join(clean(text, 4 * limit).split()), limit)
 
 

@@ -20,6 +20,12 @@
   // ------------------------------------------------------------ figures
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const drawn = new Set();
+  const wrapped = (name, width) => name.split(" ").reduce((lines, word) => {
+    const last = lines.length - 1;
+    if (last >= 0 && lines[last].length + word.length < width) lines[last] += ` ${word}`;
+    else lines.push(word);
+    return lines;
+  }, []).join("<br>");
   const themed = (figure) => {
     const layout = structuredClone(figure.layout), grid = colour("--line"), ink = colour("--ink");
     const small = narrow.matches;
@@ -30,7 +36,10 @@
     }
     if (layout.wide_labels) {
       layout.yaxis.tickfont = { size: small ? 9 : 11 };
-      if (small) { layout.yaxis.ticklabelposition = "inside"; layout.bargap = 0.5; }
+      if (small) {
+        const names = [...new Set(figure.data.flatMap((trace) => trace.y))];
+        Object.assign(layout.yaxis, { tickvals: names, ticktext: names.map((name) => wrapped(name, 20)) });
+      }
     }
     delete layout.wide_labels;
     const longest = Math.max(...figure.data.map((trace) => (trace.name || "").length));
@@ -62,6 +71,11 @@
     }
   }, { rootMargin: "300px" });
   for (const node of document.querySelectorAll(".plot[data-figure]")) lazily.observe(node);
+
+  // Print shows every figure, drawn or not.
+  addEventListener("beforeprint", () => {
+    for (const node of document.querySelectorAll(".plot[data-figure]:empty")) draw(node, read(node.dataset.figure));
+  });
 
   // ------------------------------------------------------------ details
   const content = ([text, why, href]) => {

@@ -12,7 +12,9 @@ from harness.schema import Environment, Plan, Record, TrainCase
 
 
 def train_case(**fields: object) -> TrainCase:
-    return TrainCase.model_validate({"variant": "tiny-hybrid", "method": "lora", "seq_len": 64, "device": "cpu"} | fields)
+    return TrainCase.model_validate(
+        {"variant": "tiny-hybrid", "method": "lora", "seq_len": 64, "device": "cpu"} | fields
+    )
 
 
 def skipped(case: TrainCase) -> Record:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +222,7 @@ def test_experts_train_under_lora_and_are_quantized_under_qlora(runner: Runner) 
     assert proof["adapter"]["targets"] == ["experts.down_proj", "experts.up_proj", "in_proj"]
     assert proof["trainable_by_layer_type"]["moe"] > 0
     assert ran.one("reload")["max_abs_logit_difference"] == 0.0
+    assert 1 <= ran.one("eval")["expert_tokens_max_over_mean"] <= 4  # 8 experts, 2 of them for each token
     quantized = runner.good("moe-qlora", train_case(**moe, method="qlora")).one("proof")["quantization"]
     assert (quantized["experts_4bit"], quantized["plain_experts"]) == (4, 0)
 
@@ -263,6 +267,32 @@ def test_a_bad_data_line_ends_the_case_before_the_libraries_load(runner: Runner)
     assert (error["phase"], error["type"]) == ("data", "DataError")
     assert f"{path}, line 2: broken JSON" in error["message"]
     assert ran.of("start") == []
+
+
+def test_a_signal_leaves_the_stacks_of_a_rank_that_hangs(runner: Runner) -> None:
+    job_dir = runner.folder / "stacks"
+    job_dir.mkdir()
+    os.mkfifo(job_dir / "job.json")  # nobody writes into it: the payload waits for ever
+    argv = [runner.python, "-m", "harness.payload.train", "job.json"]
+    process = subprocess.Popen(argv, cwd=job_dir, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_for(lambda: "alive" in text_of(job_dir / "events.rank0.jsonl"))
+        process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: "in main" in text_of(job_dir / "stacks.rank0.txt"))
+    finally:
+        process.kill()
+        process.wait()
+
+
+def text_of(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_own_data_is_padded_within_a_batch_and_counted(runner: Runner) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,3 +150,26 @@ class StepMeter:
     def _synchronize(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
+
+
+class RoutingMeter:
+    """Counts the tokens that each routed expert gets while it is on; a dense model has none."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        routers = [module for module in model.modules() if type(module).__name__ == "NemotronHTopkRouter"]
+        self._counts = [torch.zeros(router.num_experts) for router in routers]
+        self._hooks = [
+            router.register_forward_hook(partial(self._count, counts))
+            for router, counts in zip(routers, self._counts, strict=True)
+        ]
+
+    @staticmethod
+    def _count(counts: torch.Tensor, _router: Any, _inputs: Any, outputs: Any) -> None:
+        chosen = outputs[2].flatten().cpu()
+        counts += torch.bincount(chosen, minlength=counts.numel())
+
+    def stop(self) -> float | None:
+        """Largest share of one expert over the mean share, worst layer: 1 is even; None for a dense model."""
+        for hook in self._hooks:
+            hook.remove()
+        return max((float(counts.max() / counts.mean()) for counts in self._counts), default=None)

@@ -171,9 +171,12 @@ def _checkpointing(model: nn.Module) -> dict[str, int]:
 
 
 def _compute_dtype(model: nn.Module) -> str:
-    """`bf16_autocast` where accelerate wrapped the forward in autocast, else the parameters' own."""
-    wrapped = [part for part in (model, getattr(model, "module", None)) if hasattr(part, "_original_forward")]
-    return "bf16_autocast" if wrapped else "parameters"
+    """`bf16_autocast` (accelerate wrapped the forward), `bf16_fsdp` (FSDP2 casts), else `parameters`: their own."""
+    if any(hasattr(part, "_original_forward") for part in (model, getattr(model, "module", None))):
+        return "bf16_autocast"
+    state = model._get_fsdp_state() if hasattr(model, "_get_fsdp_state") else None
+    policy = getattr(state, "_mp_policy", None)
+    return "bf16_fsdp" if getattr(policy, "param_dtype", None) is torch.bfloat16 else "parameters"
 
 
 def _mismatches(found: dict[str, Any], model: nn.Module, case: dict[str, Any], variant: dict[str, Any]) -> list[str]:
@@ -269,7 +272,7 @@ def _check_rest(found: dict[str, Any], _: Any, case: dict[str, Any], __: Any) ->
     if blocks["on"] != (blocks["blocks"] if case["activation_checkpointing"] else 0):
         asked = "on" if case["activation_checkpointing"] else "off"
         wrong.append(f"activation checkpointing {asked} was asked, but {blocks['on']} of {blocks['blocks']} have it")
-    precision = "bf16_autocast" if autocast(case) else "parameters"
-    if found["compute_dtype"] != precision:
-        wrong.append(f"computing in {precision} was asked, but {found['compute_dtype']} is set")
+    if (found["compute_dtype"] != "parameters") != autocast(case):
+        asked = "bf16 mixed precision" if autocast(case) else "the parameters' own precision"
+        wrong.append(f"computing in {asked} was asked, but {found['compute_dtype']} is set")
     return wrong

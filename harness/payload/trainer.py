@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from harness.payload import model as models
 from harness.payload import proof
 from harness.payload.journal import Journal, NotAsRequested
-from harness.payload.meter import MemoryMeter, StepMeter
+from harness.payload.meter import MemoryMeter, RoutingMeter, StepMeter
 
 
 def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
@@ -131,11 +131,15 @@ class MeteredTrainer(SFTTrainer):
     def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
         """The one small evaluation."""
         self.journal.enter("eval")
+        routing = RoutingMeter(self.model)
         self.memory.restart()
         began = time.monotonic()
         metrics = super().evaluate(*arguments, **more)
+        duration_s = time.monotonic() - began
         self.memory.record("eval")
-        self.journal.write("eval", loss=metrics["eval_loss"], duration_s=time.monotonic() - began)
+        self.journal.write(
+            "eval", loss=metrics["eval_loss"], duration_s=duration_s, expert_tokens_max_over_mean=routing.stop()
+        )
         return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -554,11 +554,11 @@ def test_memory_kills_are_counted_from_the_jobs_start() -> None:
     assert not memory_pressure.rose({"a": 1, "b": 2}, {"a": 1, "b": 2, "new": 5})
 
 
-def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: dict[str, Any], now: int) -> bool:
-    """What a supervisor says of a job that ended so, on a host whose count of memory kills went from 3 to `now`."""
-    counter = tmp_path / "vmstat"
+def submit_with_counter(folder: Path, backend: Local, monkeypatch: pytest.MonkeyPatch, stub: dict[str, Any]) -> Ticket:
+    """A job whose supervisor takes `folder/vmstat` for the kernel's only count of memory kills, which is 3."""
+    folder.mkdir()
+    counter, wrapper = folder / "vmstat", folder / "wrapped.py"
     counter.write_text("oom_kill 3\n")
-    wrapper = tmp_path / "wrapped.py"
     wrapper.write_text(
         f"import sys; sys.path.append({str(stub_jobs.ROOT)!r})\n"
         "from harness.backends import memory_pressure, supervisor\n"
@@ -566,20 +566,67 @@ def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stub: dict[str, Any]
         "supervisor.Supervisor(sys.argv[-1]).run()\n"
     )
     monkeypatch.setattr(supervisor, "__file__", str(wrapper))
-    backend = Local()
-    ticket = submit(tmp_path, stub_jobs.job(step_s=0.2, **stub), backend)
-    at_step(ticket, 1)
-    counter.write_text(f"oom_kill {now}\n")
-    return ended(backend, ticket).host_oom_killed
+    return submit(folder, stub_jobs.job(step_s=0.3, **stub), backend)
 
 
 def test_killed_for_host_memory_takes_both_a_sigkill_and_the_kernels_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = {
-        (name, now): judged(monkeypatch, tmp_path / f"{name}-{now}", stub, now)
-        for name, stub in {"killed": {"kill_at_step": 3}, "crashed": {"crash_at_step": 3}, "fine": {}}.items()
-        for now in (3, 4)
-        if (tmp_path / f"{name}-{now}").mkdir() is None
+    backend = Local()
+    stubs: dict[str, dict[str, Any]] = {"killed": {"kill_at_step": 4}, "crashed": {"crash_at_step": 4}, "fine": {}}
+    tickets = {
+        (name, count): submit_with_counter(tmp_path / f"{name}-{count}", backend, monkeypatch, stub)
+        for name, stub in stubs.items()
+        for count in (3, 4)
     }
-    assert [case for case, answer in answers.items() if answer] == [("killed", 4)]
+    for (name, count), ticket in tickets.items():
+        at_step(ticket, 1)
+        (tmp_path / f"{name}-{count}/vmstat").write_text(f"oom_kill {count}\n")
+    found = [key for key, ticket in tickets.items() if ended(backend, ticket).host_oom_killed]
+    assert found == [("killed", 4)]
+
+
+OUT_OF_MEMORY_SCRIPT = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from pathlib import Path
+from fakes import stub_jobs
+from harness import backends
+Path({group!r}, "cgroup.procs").write_text(str(os.getpid()))
+backend = backends.get("local")
+job = stub_jobs.job(ranks=1, step_s=0.7, allocate_bytes=400 * 2**20)
+folder = stub_jobs.job_dir(Path({run_dir!r}), job)
+ticket = backend.submit(job, stub_jobs.command(job, folder), folder)
+stub_jobs.wait_for(lambda: backend.poll([ticket]))
+print(backend.collect(ticket).model_dump_json())
+"""
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup of 200 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes a memory cgroup")
+    version_1 = Path("/sys/fs/cgroup/memory")
+    group = (version_1 if version_1.is_dir() else Path("/sys/fs/cgroup")) / f"harness-test-{os.getpid()}"
+    limit = group / ("memory.limit_in_bytes" if version_1.is_dir() else "memory.max")
+    try:
+        group.mkdir()
+        limit.write_text(str(200 * 2**20))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    yield group
+    wait_for(lambda: not (group / "cgroup.procs").read_text())
+    group.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_other_kills(tmp_path: Path, small_memory: Path) -> None:
+    tests = str(Path(__file__).parent)
+    script = OUT_OF_MEMORY_SCRIPT.format(
+        root=str(stub_jobs.ROOT), tests=tests, group=str(small_memory), run_dir=str(tmp_path)
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert found.returncode == 0, found.stderr
+    assert Outcome.model_validate_json(found.stdout).host_oom_killed

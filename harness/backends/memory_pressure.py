@@ -7,8 +7,9 @@ import os
 import re
 
 LOG_TAIL_BYTES = 65_536
-_LAUNCHER_SAW_KILL = re.compile(rb"Signal 9 \(SIGKILL\)|exitcode\s*:\s*-9\b")
-"""torchrun waits for the ranks itself, so that only its report tells that one was killed."""
+_SAID = re.compile(rb"SIGKILL|exit ?code *:? *-9\b")
+"""How torchrun, Python's subprocess and vLLM tell of a killed child: they wait for it themselves, so we cannot."""
+_KERNEL_SAID = re.compile(rb"Killed process (\d+)")
 _COUNTED = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 
 
@@ -40,9 +41,22 @@ def rose(before: dict[str, int], after: dict[str, int]) -> bool:
     return any(count > before.get(path, count) for path, count in after.items())
 
 
-def launcher_saw_kill(job_dir: str) -> bool:
-    """Whether the end of `stderr.log` is a launcher's word that a rank was killed by SIGKILL."""
+def kill_reported(job_dir: str) -> bool:
+    """Whether the end of the job's error output tells of a child that was killed by SIGKILL."""
     with contextlib.suppress(OSError), open(os.path.join(job_dir, "stderr.log"), "rb") as file:
         file.seek(max(0, os.path.getsize(file.fileno()) - LOG_TAIL_BYTES))
-        return bool(_LAUNCHER_SAW_KILL.search(file.read()))
+        return bool(_SAID.search(file.read()))
     return False
+
+
+def killed_pids() -> set[int]:
+    """Pids that the kernel's log names as killed for want of memory; empty where it is not ours to read."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):  # one read gives one record, and none is left once it would block
+        log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while record := os.read(log, 8192):
+                found.update(int(pid) for pid in _KERNEL_SAID.findall(record))
+        finally:
+            os.close(log)
+    return found

@@ -117,6 +117,11 @@ class Tree:
         self._seen: set[int] = set()
         self._told: set[tuple[int, int]] = set()
 
+    @property
+    def known_pids(self) -> set[int]:
+        """Pids of all members that any look saw."""
+        return {pid for pid, _ in self._told}
+
     def look(self, *, anew: bool = False) -> list[Process]:
         """Members that no look returned yet; `anew` reads all pids again, in case one passed to another process."""
         now = pids()

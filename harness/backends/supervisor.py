@@ -211,11 +211,14 @@ class Supervisor:
 
     def _judge_memory(self) -> None:
         """Killed for host memory: the kernel counted such a kill, and one of ours got a SIGKILL not from us."""
-        if self.child_status is None or self.ending.exit_code == 0:
-            return
-        killed = self.sigkill_seen or self.ending.exit_code == 128 + signal.SIGKILL
-        if killed or memory_pressure.launcher_saw_kill(self.job_dir):
-            self.ending.host_oom_killed = memory_pressure.rose(self.memory_kills, memory_pressure.kills())
+        failed = self.child_status is not None and self.ending.exit_code != 0
+        if failed and memory_pressure.rose(self.memory_kills, memory_pressure.kills()):
+            self.ending.host_oom_killed = (
+                self.sigkill_seen
+                or self.ending.exit_code == 128 + signal.SIGKILL
+                or memory_pressure.kill_reported(self.job_dir)
+                or bool(self.tree.known_pids & memory_pressure.killed_pids())
+            )
 
     # ------------------------------------------------------------ its processes
 

@@ -53,11 +53,9 @@ def launcher(stub: dict[str, Any]) -> int:
         spawn("daemon", number, True)
     if not stub["ignore_sigterm"]:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_end(ranks)))
-    while any(rank.poll() is None for rank in ranks):
-        if any(rank.poll() not in (None, 0) for rank in ranks):
-            return _end(ranks)
+    while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
         time.sleep(0.01)
-    return int(stub["exit_code"]) if not any(rank.returncode for rank in ranks) else 1
+    return _end(ranks) if any(rank.returncode for rank in ranks) else int(stub["exit_code"])
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> int:
@@ -75,13 +73,14 @@ def rank(stub: dict[str, Any], number: int) -> int:
     log = events.EventLog(".", number)
     if stub["stacks"]:
         faulthandler.register(signal.SIGUSR1, file=open(f"stacks.rank{number}.txt", "w"), all_threads=True)  # noqa: SIM115
-    held = bytearray(b"x" * stub["allocate_bytes"])
+    held = b""
     server = spawn("server", 0, True) if stub["server"] and number == 0 else None
     log.write("start", rank=number, world_size=stub["ranks"], pid=os.getpid())
     for step in range(1, stub["steps"] + 1):
         misbehave(stub, number, step)
         started = time.time()
         time.sleep(stub["step_s"])
+        held = held or b"x" * stub["allocate_bytes"]
         log.write("step", step=step, start=started, step_time_s=time.time() - started, tokens=64, loss=2.0 / step)
     if server:
         server.terminate()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
 from harness.scrub import scrub
 
 Json = dict[str, Any]
+_Item = TypeVar("_Item")
 
 _LARGEST = 2**63 - 1
 _LARGEST_REAL = 1e100
 _LARGEST_SECONDS = 1e12
 """Beyond these a number is no measurement, and sums of it might leave the range of a float."""
 _DEPTH = 6
-_NODES = 1500
-_CHARS = 1000
-"""Depth, values and characters per string that free-form JSON (a proof, a server's facts) may bring into a record."""
+_CHARS = 16_000
+_CHARS_OF_ONE = 1000
+_CHARS_OF_A_VALUE = 8
+"""Depth, characters in all and per string that free-form JSON (a proof, a server's facts) may bring into a record."""
 
 
 def real(value: Any) -> float | None:
@@ -61,21 +64,35 @@ def mapping(value: Any) -> Json:
 
 
 def json_value(value: Any) -> JsonValue:
-    """Free-form JSON, bounded in depth, in the number of its values and in the length of its strings."""
-    return _bounded(value, _DEPTH, [_NODES])
+    """Free-form JSON, bounded in depth and size; what is left out reads `[...]`."""
+    return _bounded(value, _DEPTH, [_CHARS])
 
 
 def _bounded(value: Any, depth: int, left: list[int]) -> JsonValue:
-    left[0] -= 1
+    """`value` within `left[0]` characters, which it takes what it needs from."""
+    left[0] -= _CHARS_OF_A_VALUE
     if left[0] < 0 or (depth == 0 and isinstance(value, dict | list)):
         return "[...]"
     if isinstance(value, dict):
-        items = list(value.items())[: max(0, left[0])]
-        return {text(str(key), 200) or "": _bounded(item, depth - 1, left) for key, item in items}
+        return {_cut(str(key), left): _bounded(item, depth - 1, left) for key, item in _first(value.items(), left)}
     if isinstance(value, list):
-        return [_bounded(item, depth - 1, left) for item in value[: max(0, left[0])]]
+        return [_bounded(item, depth - 1, left) for item in _first(value, left)]
     if isinstance(value, str):
-        return text(value, _CHARS)
+        return _cut(value, left)
     if value is None or isinstance(value, bool):
         return value
     return count(value) if isinstance(value, int) and value >= 0 else real(value)
+
+
+def _cut(value: str, left: list[int]) -> str:
+    found = text(value, _CHARS_OF_ONE) or ""
+    left[0] -= len(found)
+    return found if left[0] >= 0 else "[...]"
+
+
+def _first(items: Iterable[_Item], left: list[int]) -> Iterator[_Item]:
+    """The items until nothing is left."""
+    for item in items:
+        if left[0] < 0:
+            return
+        yield item

@@ -16,7 +16,8 @@ from pydantic import JsonValue
 from harness.coerce import Json, count, json_value, mapping, real, seconds, text
 from harness.schema import Latency, LoadPoint, Nonfinite, PhaseMemory, Smoke
 
-MAX_NOTES = 50
+MAX_NOTES = 30
+MAX_LIBRARIES = 100
 MAX_PHASES = 24
 """Phases of one rank, in memory and in time."""
 
@@ -82,7 +83,7 @@ def _start(seen: Seen, rank: RankSeen, event: Json) -> None:
         "device_total_bytes": count(device.get("total_bytes")),
         "baseline_rss_bytes": count(event.get("baseline_rss_bytes")),
     }
-    for name, version in list(mapping(event.get("libraries")).items())[:200]:
+    for name, version in list(mapping(event.get("libraries")).items())[:MAX_LIBRARIES]:
         if isinstance(name, str) and isinstance(version, str):
             seen.libraries.setdefault(text(name, 80) or "", text(version, 80) or "")
 
@@ -117,7 +118,7 @@ def _proof(seen: Seen, rank: RankSeen, event: Json) -> None:
     seen.fact("proof", proof)
     mismatches = event.get("mismatches")
     for sentence in mismatches[:MAX_NOTES] if isinstance(mismatches, list) else ():
-        if found := text(sentence, 1000):
+        if found := text(sentence, 500):
             seen.mismatches[found] = None
 
 
@@ -228,7 +229,7 @@ def _smoke(seen: Seen, rank: RankSeen, event: Json) -> None:
         ok=ok,
         latency_s=_six(seconds(event.get("latency_s"))),
         generated_tokens=count(event.get("generated_tokens")),
-        text=text(event.get("text"), 4000) or "",
+        text=text(event.get("text"), 2000) or "",
         checks={text(name, 80) or "": value for name, value in checks if isinstance(value, bool)},
     )
 
@@ -240,7 +241,7 @@ def _server_memory(seen: Seen, rank: RankSeen, event: Json) -> None:
 
 
 def _note(seen: Seen, rank: RankSeen, event: Json) -> None:
-    if found := text(event.get("text"), 500):
+    if found := text(event.get("text"), 300):
         seen.notes[found] = None
 
 
@@ -253,7 +254,7 @@ def _error(seen: Seen, rank: RankSeen, event: Json) -> None:
             "t": real(event.get("t")),
             "phase": text(event.get("phase"), 40) or rank.last_phase,
             "type": text(event.get("type"), 200) or "",
-            "message": text(event.get("message"), 4000) or "",
+            "message": text(event.get("message"), 3000) or "",
             "traceback": text(event.get("traceback"), 6000, keep_end=True) or "",
             "file": file,
             "line": int(line),

@@ -34,14 +34,14 @@ from harness.schema import (
 
 __all__ = ["Live", "kept_steps", "log_text", "observe", "peek", "tail"]
 
-MAX_ROWS = 1200
-"""Rows of step series over all ranks that a record keeps: about 100 kB of JSON."""
+MAX_ROWS = 800
+"""Rows of step series over all ranks that a record keeps: about 140 kB of JSON with one value a line."""
 MIN_ROWS = 20
 """Rows that each rank keeps however many ranks there are."""
 BLOCK = 10
 MAX_PROBLEMS = 20
 MAX_ERRORS = 16
-MAX_ERROR_CHARS = 40_000
+MAX_ERROR_CHARS = 24_000
 MAX_RANK = 65_535
 
 # ---------------------------------------------------------------- files

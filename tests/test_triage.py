@@ -26,36 +26,12 @@ CASE = records.train_case(devices=2, strategy="ddp", micro_batch=2)
 SERVE = records.serve_case()
 FAILED = Outcome(exit_code=1, start=1.0, end=2.0)
 TAXONOMY = {
-    "oom_gpu_load",
-    "oom_gpu_forward",
-    "oom_gpu_backward",
-    "oom_gpu_optimizer",
-    "oom_gpu_save_eval",
-    "oom_gpu_contention",
-    "oom_host",
-    "serve_kv_cache",
-    "serve_oom_profile",
-    "coll_timeout",
-    "peer_lost",
-    "port_in_use",
-    "dep_missing_abi",
-    "quant_setup",
-    "peft_config",
-    "model_unsupported",
-    "shard_dtype",
-    "ckpt_load_mismatch",
-    "data_format",
-    "storage_full",
-    "hub_access",
-    "app_exception",
-    "nan_loss",
-    "terminated_external",
-    "unknown",
-    "not_as_requested",
-    "stalled",
-    "interrupted",
-    "lost",
-}
+    "oom_gpu_load", "oom_gpu_forward", "oom_gpu_backward", "oom_gpu_optimizer", "oom_gpu_save_eval",
+    "oom_gpu_contention", "oom_host", "serve_kv_cache", "serve_oom_profile", "coll_timeout", "peer_lost",
+    "port_in_use", "dep_missing_abi", "quant_setup", "peft_config", "model_unsupported", "shard_dtype",
+    "ckpt_load_mismatch", "data_format", "storage_full", "hub_access", "app_exception", "nan_loss",
+    "terminated_external", "unknown", "not_as_requested", "stalled", "interrupted", "lost",
+}  # fmt: skip
 
 TRACE = "Traceback (most recent call last):\n"
 OOM = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has a total capacity of 9.00 GiB"
@@ -222,6 +198,13 @@ def test_an_exception_that_only_the_log_shows() -> None:
     assert found.failure_class == "app_exception"
     assert found.evidence[0].text == "mypackage.OddError: no idea"
     assert (found.evidence[0].file, found.evidence[0].line) == ("j.1/stderr.log", 7)
+
+
+def test_the_source_line_of_a_traceback_is_no_evidence() -> None:
+    source = '    raise ValueError("No available memory for the cache blocks.")'
+    log = f"{TRACE}{source}\nValueError: No available memory for the cache blocks."
+    assert [line.line for line in failed(SERVE, log=log).evidence] == [3]
+    assert failed(SERVE, log=f"{TRACE}{source}\nKeyError: 1").failure_class == "app_exception"
 
 
 # ---------------------------------------------------------------- how it ended

@@ -20,6 +20,8 @@ MAX_MATCHES = 200
 QUOTE_CHARS = 400
 
 _RANK_IN_LINE = re.compile(r"\[(?:rank|default|Rank )(\d{1,5})\]|\(Worker_TP(\d{1,5})\b")
+_SOURCE = re.compile(r"\braise [A-Za-z_][\w.]*\(")
+"""A line of source in a traceback quotes the message before it is said."""
 _RANK_IN_FILE = re.compile(r"(?:attempt_\d+/|rank[_-]?)(\d{1,5})\b")
 
 
@@ -121,7 +123,8 @@ def _matches(signature: Signature, lines: Sequence[Line]) -> Iterator[int]:
     """Indexes of lines in which the signature holds, its context included."""
     looked_at = 0
     for index, line in enumerate(lines):
-        if not signature.pattern.search(line.text[:MAX_LINE_CHARS]):
+        text = line.text[:MAX_LINE_CHARS]
+        if not signature.pattern.search(text) or _SOURCE.search(text):
             continue
         looked_at += 1
         if not signature.context or signature.context.search(_traceback_before(lines, index)):

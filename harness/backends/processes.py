@@ -6,6 +6,7 @@ A pid alone is no name, since the kernel gives it to others later: a process is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -77,6 +78,7 @@ def alive(pid: int, start_ticks: int) -> bool:
     return process is not None and process.start_ticks == start_ticks and not process.ended
 
 
+@functools.cache
 def place() -> str:
     """Where pids and start times mean what they meant: this boot of this host, and the pid namespace."""
     with open("/proc/sys/kernel/random/boot_id") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import records
+from fakes import script as job
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,9 +23,9 @@ CASE = records.train_case(devices=2, strategy="ddp", steps=8, warmup_steps=2)
 
 def written(folder: Path, case: Any = CASE) -> Path:
     """A job directory with the events of a training case that went well."""
-    script = records.Script(folder / f"{case_id(case)}.1", seed=0)
-    records._train(script, case)
-    records._end(script, case.devices)
+    script = job.Script(folder / f"{case_id(case)}.1", seed=0)
+    job.run_training(script, case)
+    job.finish(script, case.devices)
     script.close()
     return script.folder
 
@@ -64,8 +65,8 @@ def test_all_that_ranks_wrote_is_observed(whole: Path) -> None:
 
 def test_a_serving_job_shared_by_cases_gives_each_its_own_load_point(tmp_path: Path) -> None:
     cases = [records.serve_case(concurrency=n) for n in (1, 4)]
-    script = records.Script(tmp_path / "shared.1", seed=0)
-    records._serve(script, [(case_id(case), case) for case in cases])
+    script = job.Script(tmp_path / "shared.1", seed=0)
+    job.run_serving(script, [(case_id(case), case) for case in cases])
     script.write(
         0, "error", case_id=case_id(cases[0]), phase="bench", type="BenchmarkFailed", message="x", traceback=""
     )
@@ -307,11 +308,11 @@ def test_a_glance_reads_only_tails(tmp_path: Path) -> None:
 def test_a_glance_at_serving_shows_the_load_points_done(tmp_path: Path) -> None:
     cases = [(name, records.serve_case(concurrency=n)) for n, name in enumerate("abc", 1)]
     (tmp_path / "job.json").write_text(json.dumps({"role": "serve", "cases": [{"id": name} for name, _ in cases]}))
-    script = records.Script(tmp_path, seed=0)
-    records._start(script, cases[0][1], 1)
+    script = job.Script(tmp_path, seed=0)
+    job.start_ranks(script, cases[0][1], 1)
     script.begin(1, "start_server")
     assert observe.peek(tmp_path).ready is False
-    records._serve(script, cases[:2])
+    job.run_serving(script, cases[:2])
     live = observe.peek(tmp_path)
     assert (live.ready, live.load_points_done, live.load_points) == (True, 2, 3)
     script.close()

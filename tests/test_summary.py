@@ -11,6 +11,7 @@ import numpy
 import pandas
 import pytest
 from fakes import records
+from fakes.script import BEGAN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,7 +137,7 @@ def test_losses_are_those_of_the_first_and_last_step_of_all_ranks() -> None:
 
 
 def test_the_first_step_is_timed_from_the_jobs_start() -> None:
-    began = records.BEGAN
+    began = BEGAN
     found = training(rank(0, start=(began + 10, *[None] * 5)), rank(1, start=(began + 12, *[None] * 5)))
     assert found.time_to_first_step_s == pytest.approx(13.0)
     assert training(rank(0)).time_to_first_step_s is None

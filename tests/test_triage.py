@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from harness import observe
+from harness.events import EventLog
 from harness.logs import split
 from harness.schema import Case, Diagnosis, Observation, Outcome, Record
 from harness.triage import diagnose
@@ -135,8 +136,7 @@ def test_an_unknown_error_that_came_first_beats_a_known_one() -> None:
 
 def test_what_all_ranks_say_has_no_culprit(tmp_path: Path) -> None:
     for rank in (0, 1):
-        records.Script(tmp_path, seed=0).close()
-        log = records.EventLog(str(tmp_path), rank)
+        log = EventLog(str(tmp_path), rank)
         log.write("start", rank=rank)
         log.write("error", phase="train", type="KeyError", message="'labels'", traceback="")
         log._file.close()
@@ -328,7 +328,7 @@ def test_a_nan_is_blamed_on_a_rank_only_where_the_others_were_finite(
     tmp_path: Path, losses: list[float | None], what: str, rank: int | None, status: str
 ) -> None:
     for number, loss in enumerate(losses):
-        log = records.EventLog(str(tmp_path), number)
+        log = EventLog(str(tmp_path), number)
         log.write("step", step=7, loss=float("nan") if loss is None and what == "loss" else 1.0)
         if loss is None:
             log.write("nonfinite", step=7, what=what)

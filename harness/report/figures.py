@@ -106,8 +106,8 @@ def _throughput_bars(groups: dict[str, list[Entry]]) -> Drawn:
                          "array": _round([(p.max or 0.0) - (p.p50 or 0.0) for p in points]),
                          "arrayminus": _round([(p.p50 or 0.0) - (p.min or 0.0) for p in points])}}]  # fmt: skip
     title = f"tokens/s, all devices, samples of {lengths.pop():,} tokens"
-    layout = {"xaxis": _axis(title, rangemode="tozero"), "yaxis": {"autorange": "reversed"}, "wide_labels": True,
-              "height": 110 + 34 * len(shown)}  # fmt: skip
+    layout = {"xaxis": _axis(title, rangemode="tozero"), "yaxis": {"autorange": "reversed"},
+              "meta": {"wide_labels": True}, "height": 110 + 34 * len(shown)}  # fmt: skip
     return Drawn({"data": data, "layout": layout}, _left_out(MAX_CASES, len(groups), "groups of cases"))
 
 
@@ -149,7 +149,7 @@ def _memory_by_case(rows: Sequence[Entry], field: str, title: str) -> Drawn | No
     data = [_rank_bars(rank, shown) for rank in ranks]
     height = 100 + (14 + 16 * len(ranks)) * len(shown)
     layout = {"barmode": "group", "xaxis": _axis(title, rangemode="tozero"), "height": height,
-              "yaxis": {"autorange": "reversed"}, "wide_labels": True}  # fmt: skip
+              "yaxis": {"autorange": "reversed"}, "meta": {"wide_labels": True}}  # fmt: skip
     return Drawn({"data": data, "layout": layout}, _left_out(MAX_CASES, len(known), "cases"))
 
 

@@ -378,7 +378,7 @@ def key_number(entry: Entry) -> Cell:
         cell = number(entry.train.tokens_per_s)
         return cell._replace(text=f"{cell.text} tokens/s") if cell.sort is not None else cell
     cell = _output_rate(entry.serve) if entry.serve else missing(entry.why_missing)
-    return cell._replace(text=f"{cell.text} output tokens/s") if cell.sort is not None else cell
+    return cell._replace(text=f"{cell.text} output tok/s") if cell.sort is not None else cell
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:

@@ -118,7 +118,7 @@ def run_table(records: Sequence[Record]) -> RenderableType:
     table.add_column("key number", justify="right", width=18)
     for entry in entries("", records):
         table.add_row(*_run_row(entry))
-    return Group(table, Text(), _counted(records))
+    return Group(table, Text(), _counted(records), *_number_kinds(records))
 
 
 def _run_row(entry: Entry) -> tuple[Text, Text, Text]:
@@ -135,6 +135,11 @@ def _counted(records: Sequence[Record]) -> Text:
         style = STATUS_STYLE[status] if found[status] else "dim"
         text.append(", " if index else "").append(f"{found[status]} {status}", style=style)
     return text.append(f"; {found['added']} added by a ladder" if found["added"] else "")
+
+
+def _number_kinds(records: Sequence[Record]) -> list[Text]:
+    kinds = {number_label(entry) for entry in entries("", records) if entry.record.status == "measured"}
+    return [Text(f"numbers are {'; '.join(sorted(kinds))}", style="dim")] if kinds else []
 
 
 def line(record: Record, done: int, total: int) -> RenderableType:

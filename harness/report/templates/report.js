@@ -34,14 +34,13 @@
       Object.assign(layout[key], { gridcolor: grid, linecolor: colour("--strong"), zerolinecolor: grid, automargin: true });
       if (layout[key].title) layout[key].title.font = { size: 12, color: colour("--soft") };
     }
-    if (layout.wide_labels) {
+    if (layout.meta && layout.meta.wide_labels) {
       layout.yaxis.tickfont = { size: small ? 9 : 11 };
       if (small) {
         const names = [...new Set(figure.data.flatMap((trace) => trace.y))];
         Object.assign(layout.yaxis, { tickvals: names, ticktext: names.map((name) => wrapped(name, 20)) });
       }
     }
-    delete layout.wide_labels;
     const longest = Math.max(...figure.data.map((trace) => (trace.name || "").length));
     const perLine = longest > 36 ? 1 : longest > 18 ? 2 : 4;
     const traces = figure.data.filter((trace) => trace.showlegend !== false).length;

@@ -89,6 +89,8 @@ class TrainCase(CaseBase):
     """First steps that never enter a statistic."""
     data: str = "synthetic"
     """`synthetic`, or an absolute path of a JSONL file with one `messages` conversation per line."""
+    memory_cap_gib: float | None = Field(None, ge=1, le=1024)
+    """Each GPU behaves like one of this size; what is measured so says what fits, never how fast."""
 
 
 class ServeCase(CaseBase):
@@ -180,7 +182,8 @@ def _slug(case: TrainCase | ServeCase | ChainCase) -> str:
     if isinstance(case, ServeCase):
         return f"serve-{case.variant}-tp{case.tensor_parallel}-c{case.concurrency}-i{case.input_len}-o{case.output_len}"
     place = f"{case.strategy}{case.devices}" if case.strategy != "none" else "one"
-    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}"
+    cap = "" if case.memory_cap_gib is None else f"-cap{case.memory_cap_gib:g}"
+    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}{cap}"
 
 
 class Skip(Frozen):

@@ -239,6 +239,7 @@ BROKEN = {
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: fsdp, devices: 2, optimizer: adamw_8bit}}",
     "optimizer_needs_gpu": f"train: {{{TRAIN}, device: cpu, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, device: cpu, attention: flash_attention_2}}",
+    "memory_cap_needs_gpu": f"train: {{{TRAIN}, device: cpu, memory_cap_gib: 24}}",
     "adapter_without_rank": f"train: {{{TRAIN}, lora_rank: 0}}",
     "lora_target_refused": f"train: {{{TRAIN}, lora_targets: [in_proj, out_proj]}}",
     "no_checkpoint": "train: {variant: tiny-hybrid, method: lora, seq_len: 64, weights: hub}",
@@ -256,6 +257,7 @@ SOUND = {
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: ddp, devices: 2, optimizer: adamw_8bit}}",
     "optimizer_needs_gpu": f"train: {{{TRAIN}, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, attention: flash_attention_2}}",
+    "memory_cap_needs_gpu": f"train: {{{TRAIN}, memory_cap_gib: 24}}",
     "adapter_without_rank": f"train: {{{TRAIN}, lora_rank: 1, lora_alpha: 1}}",
     "lora_target_refused": f"train: {{{TRAIN}, lora_targets: [in_proj]}}",
     "no_checkpoint": "train: {variant: nano-9b-v2, method: lora, seq_len: 64, weights: hub}",
@@ -281,6 +283,11 @@ def test_the_nearest_possible_point_is_a_case(tmp_path: Path, rule: str) -> None
 def test_every_rule_is_tried_above() -> None:
     every = {*rules.TRAIN_RULES, *rules.SERVE_RULES, *rules.CHAIN_RULES}
     assert {rule.__name__ for rule in every} == set(BROKEN) == set(SOUND)
+
+
+def test_a_cap_is_an_axis_in_which_null_is_the_whole_card(tmp_path: Path) -> None:
+    plan = planned(tmp_path, f"train: {{{TRAIN}, memory_cap_gib: [24, 22.5, null]}}")
+    assert [case.memory_cap_gib for case in plan.cases if isinstance(case, TrainCase)] == [24.0, 22.5, None]
 
 
 def test_a_chain_whose_half_cannot_run_is_a_skip(tmp_path: Path) -> None:
@@ -317,6 +324,9 @@ MISTAKES = [
     (f"train: {{{LORA}, data: mine.jsonl}}", "is neither synthetic nor a JSONL file: there is no "),
     (f"train: {{{LORA}, weights: radnom}}", "(did you mean random?)"),
     (f"train: {{{LORA}, lora_targets: in_proj}}", ":3: lora_targets: must be a list of module names, not 'in_proj'"),
+    (f"train: {{{LORA}, memory_cap_gib: 0}}", ":3: memory_cap_gib: must be at least 1, not 0"),
+    (f"train: {{{LORA}, memory_cap_gib: 24GiB}}", ":3: memory_cap_gib: must be a number, not '24GiB'"),
+    (f"chain: {{{ON_CPU} train: {{method: lora, seq_len: 64, memory_cap_gib: 24}}}}", "unknown key 'memory_cap_gib'"),
     (f"train: {{{LORA}, repeat: [1, 2]}}", ":3: repeat: must be a whole number, not a list"),
     (f"train: {{{LORA}, repeat: 100001}}", "this block has 100,001 points"),
     (f"train: {{{LORA}, exclude: [{{seq_len: 999}}]}}", ":3: this exclude takes out no point of its block"),

@@ -45,6 +45,7 @@ trains = st.builds(
     steps=counts,
     warmup_steps=st.integers(0, 8),
     data=st.sampled_from(["synthetic", "/data/mine.jsonl"]),
+    memory_cap_gib=st.none() | st.floats(1, 1024),
 )
 serves = st.builds(
     ServeCase,
@@ -97,9 +98,17 @@ def test_when_to_give_up_is_no_part_of_an_id(case: TrainCase, limit: float, stal
 
 @given(case=trains)
 def test_a_new_field_with_a_default_renames_nothing(case: TrainCase) -> None:
-    later = create_model("TrainCase", __base__=TrainCase, memory_cap_gib=(float | None, None), routed=(bool, False))
+    later = create_model("TrainCase", __base__=TrainCase, packing=(float | None, None), routed=(bool, False))
     assert case_id(later(**case.model_dump())) == case_id(case)
     assert case_id(later(**case.model_dump(), routed=True)) != case_id(case)
+
+
+def test_a_cap_stands_in_the_id_and_its_absence_renames_nothing() -> None:
+    case = TrainCase(variant="nano-9b-v2", method="lora", seq_len=2048, lora_targets=("in_proj", "q_proj"))
+    named = [case_id(case.model_copy(update={"memory_cap_gib": cap})) for cap in (24.0, 22.5)]
+    assert named[0].startswith("train-nano-9b-v2-lora-s2048-b1-one-cap24-")
+    assert named[1].startswith("train-nano-9b-v2-lora-s2048-b1-one-cap22.5-")
+    assert case_id(case) == "train-nano-9b-v2-lora-s2048-b1-one-13e51241"
 
 
 @given(case=serves)

@@ -33,10 +33,14 @@ def _under(half: str, found: Readers) -> Readers:
     return {f"{half}.{name}": read for name, read in found.items()}
 
 
+def _in_chain(found: Readers) -> Readers:
+    return {name: read for name, read in found.items() if name not in keys.NOT_IN_CHAIN}
+
+
 READERS: dict[Kind, Readers] = {
     "train": {**keys.COMMON, **keys.TRAIN_ONLY},
     "serve": {**keys.COMMON, **keys.SERVE_ONLY},
-    "chain": {**keys.COMMON, **_under("train", keys.TRAIN_ONLY), **_under("serve", keys.CHAIN_SERVE_ONLY)},
+    "chain": {**keys.COMMON, **_under("train", _in_chain(keys.TRAIN_ONLY)), **_under("serve", keys.CHAIN_SERVE_ONLY)},
 }
 REQUIRED: dict[Kind, tuple[str, ...]] = {
     "train": ("variant", "method", "seq_len"),

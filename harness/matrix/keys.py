@@ -150,7 +150,11 @@ TRAIN_ONLY: dict[str, Read] = {
     "lora_targets": _targets,
     **_of(TrainCase, "attention", "steps", "warmup_steps"),
     "data": DATA,
+    "memory_cap_gib": partial(_field, TrainCase, "memory_cap_gib"),
 }
+
+NOT_IN_CHAIN = frozenset({"memory_cap_gib"})
+"""Keys of training that a chain does not take: its server would run uncapped, under the same label."""
 
 SERVE_ONLY: dict[str, Read] = {
     **_of(ServeCase, "tensor_parallel", "max_model_len", "max_num_seqs"),

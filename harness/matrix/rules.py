@@ -88,6 +88,13 @@ def flash_attention_needs_gpu(case: TrainCase) -> str | None:
     return None
 
 
+def memory_cap_needs_gpu(case: TrainCase) -> str | None:
+    """A cap on memory that no allocator of a GPU manages."""
+    if case.device == "cpu" and case.memory_cap_gib is not None:
+        return "memory_cap_gib makes a GPU behave like a smaller one; a CPU case has no GPU to cap."
+    return None
+
+
 def adapter_without_rank(case: TrainCase) -> str | None:
     """An adapter that would train nothing."""
     if catalog.methods()[case.method].adapter and 0 in (case.lora_rank, case.lora_alpha):
@@ -163,6 +170,7 @@ TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     eight_bit_optimizer_under_fsdp,
     optimizer_needs_gpu,
     flash_attention_needs_gpu,
+    memory_cap_needs_gpu,
     adapter_without_rank,
     lora_target_refused,
     no_checkpoint,

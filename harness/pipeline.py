@@ -16,11 +16,13 @@ from pathlib import Path
 from harness import backends, boxes, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
 from harness.schema import Attempt, Job, JobRun, Plan, Record
-from harness.session import Case, Options, Session, Work, begin, chosen, pending_work, record_skips, stands
+from harness.session import Case, Options, Session, Work, begin, chosen, next_work, pending_work, record_skips, stands
 
 POLL_S = 0.25
 MAX_LOST = 2
 """How often one run starts a job again that ended without a word of its own, before that is its result."""
+MAX_EARLIER = 8
+"""How many attempts before the last one a record names."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def run(path: Path, options: Options, watch: Callable[[Progress], None] = lambda
     """Take the matrix at `path` to records and a report; resumes what its run directory already holds."""
     plan = matrix.load(path)
     directory = store.Run(options.runs / plan.name)
-    with directory.locked(), _full_disk_explained(directory):
+    with _full_disk_explained(directory), directory.locked():
         session = begin(plan, directory, options)
         notes = session.backend.reap(directory.folder)
         record_skips(session)
@@ -87,9 +89,10 @@ def cancel(directory: store.Run) -> list[str]:
     lines = []
     owner = directory.owner()
     if owner:
-        os.kill(owner, signal.SIGINT)
+        os.kill(owner, signal.SIGTERM)  # not SIGINT, which a shell's background process ignores
         lines.append(f"asked the harness at work (pid {owner}) to stop")
-        _wait_until(lambda: directory.owner() is None, seconds=60)
+        if not _wait_until(lambda: directory.owner() is None, seconds=60):
+            raise HarnessError(f"the harness at work (pid {owner}) does not stop", f"`kill -9 {owner}`, then again")
     lines += backends.get(directory.info().backend).reap(directory.folder)
     return lines or ["nothing of this run was at work"]
 
@@ -147,7 +150,7 @@ def _start_what_fits(session: Session, waiting: list[Work], active: list[Work]) 
 def _slots(session: Session, work: Work) -> frozenset[str] | None:
     """The devices to give a job, `None` while they are taken; a CPU case has the host to itself."""
     if work.job.device == "cpu":
-        return frozenset({"cpu"}) if "cpu" in session.free else None
+        return session.slots if session.free == session.slots else None
     gpus = sorted((slot for slot in session.free if slot != "cpu"), key=int)
     need = max(job.devices for job in work.jobs)
     return frozenset(gpus[:need]) if len(gpus) >= need else None
@@ -157,7 +160,9 @@ def _submit(session: Session, work: Work) -> None:
     job = work.job
     if job.device == "cuda":
         chosen = ",".join(sorted(work.devices, key=int)[: job.devices])
-        job = job.model_copy(update={"env": job.env | {"CUDA_VISIBLE_DEVICES": chosen}})
+        # The driver's order, in which the slots are numbered, is that of the bus; CUDA's own is the fastest first.
+        devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": chosen}
+        job = job.model_copy(update={"env": job.env | devices})
     folder = session.run.job_dir(job.id, work.attempt)
     folder.mkdir(parents=True, exist_ok=True)
     command = session.box.wrap(job, folder.resolve(), session.run.payload_root.resolve())
@@ -168,26 +173,38 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
     """A job ended: start the next of its chain, try again what was lost, or make the records."""
     if work.at_work:
         work.outcomes.append(session.backend.collect(work.at_work))
-    last = work.outcomes[-1]
     if not work.over:
         _submit(session, work)
         return
     active.remove(work)
     session.free |= work.devices
-    if (last.lost or last.interrupted) and _may_retry(session, work):
-        waiting.insert(0, Work(work.cases, work.attempt + 1, launch.jobs(work.cases, work.attempt + 1)))
+    attempts = [_attempt(session, case, work) for case in work.cases]
+    if _again(work, attempts):
+        lost = (*work.lost, _without_numbers(attempts[0]))
+        waiting.insert(0, next_work(session, work.cases, work.attempt, lost))
         return
-    for case in work.cases:
-        session.keep(_record(session, case, work))
+    _keep(session, work, attempts)
     if not session.options.keep_artifacts:
         for job in work.jobs:
             session.run.tidy(job.id, work.attempt)
 
 
-def _may_retry(session: Session, work: Work) -> bool:
-    job_id = work.jobs[0].id
-    session.lost[job_id] = session.lost.get(job_id, 0) + 1
-    return session.lost[job_id] <= MAX_LOST
+def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
+    """Whether the attempt is no result yet: something other than the job itself ended it."""
+    last = work.outcomes[-1]
+    return (last.lost or last.interrupted) and any(one.diagnosis for one in attempts) and len(work.lost) < MAX_LOST
+
+
+def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:
+    """Write the records of an attempt; where the disk is full, a failed one is left to be made again."""
+    try:
+        for case, attempt in zip(work.cases, attempts, strict=True):
+            session.keep(_record(session, case, work, attempt))
+    except OSError:
+        if any(attempt.diagnosis for attempt in attempts):  # most likely of the same full disk
+            for job in work.jobs:
+                session.run.disown(job.id, work.attempt)
+        raise
 
 
 def _end_all(session: Session, active: Sequence[Work]) -> None:
@@ -200,30 +217,34 @@ def _end_all(session: Session, active: Sequence[Work]) -> None:
         _wait_until(lambda: session.backend.poll(open_tickets) >= wanted, seconds=30)
 
 
-def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether it came true in that time."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    return met
 
 
 # ---------------------------------------------------------------- after a job
 
 
-def _record(session: Session, case: Case, work: Work) -> Record:
-    attempt = _attempt(session, case, work)
+def _record(session: Session, case: Case, work: Work, attempt: Attempt) -> Record:
+    case_id = schema.case_id(case)
+    before = session.run.record(case_id)
+    earlier = [*(before.attempts if before else ()), *work.lost]
     return Record(
-        case_id=schema.case_id(case),
+        case_id=case_id,
         case=case,
         status="failed" if attempt.diagnosis else "measured",
-        attempts=(attempt,),
-        provenance=session.provenance.model_copy(update={"weights": _weights(case)}),
+        attempts=(*map(_without_numbers, earlier[-MAX_EARLIER:]), attempt),
+        provenance=session.provenance_of(case),
         finished_at=time.time(),
     )
 
 
-def _weights(case: Case) -> str:
-    weights = case.train.weights if isinstance(case, schema.ChainCase) else case.weights
-    return weights if weights in ("random", "hub") else "path"
+def _without_numbers(attempt: Attempt) -> Attempt:
+    """What a record keeps of an attempt that is not its result: how it ended; its files lie in its directory."""
+    return attempt.model_copy(update={"observation": schema.Observation(), "log_tail": ""})
 
 
 def _attempt(session: Session, case: Case, work: Work) -> Attempt:

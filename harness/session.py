@@ -11,9 +11,11 @@ from pathlib import Path
 import harness
 from harness import backends, boxes, host, launch, schema, store
 from harness.errors import HarnessError
-from harness.schema import Job, Outcome, Plan, Provenance, Record, Ticket
+from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
 
 PACKAGE = Path(harness.__file__).parent
+NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full"})
+"""Failure classes that say nothing of the case: the next run measures it again without being asked."""
 Case = schema.TrainCase | schema.ServeCase | schema.ChainCase
 
 
@@ -41,6 +43,8 @@ class Work:
     outcomes: list[Outcome] = field(default_factory=list)
     devices: frozenset[str] = frozenset()
     started_at: float = 0.0
+    lost: tuple[Attempt, ...] = ()
+    """Earlier attempts of this call that came to no result."""
 
     @property
     def job(self) -> Job:
@@ -70,11 +74,14 @@ class Session:
     provenance: Provenance
     cases: tuple[Case, ...]
     """Cases of the plan that this call looks after."""
+    slots: frozenset[str]
+    """`cpu` for the host's processors, and the index of each GPU."""
     free: set[str]
-    """Slots: `cpu` for the host as a whole, and the index of each GPU."""
+    """The slots that no job has."""
+    recorded: store.Run | None = None
+    """The run that is replayed."""
     done: dict[str, Record] = field(default_factory=dict)
     kept: int = 0
-    lost: dict[str, int] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     def keep(self, record: Record) -> None:
@@ -82,20 +89,67 @@ class Session:
         self.run.save(record)
         self.done[record.case_id] = record
 
+    def provenance_of(self, case: Case) -> Provenance:
+        """Where the case's numbers come from: this host, or what the recorded run says of them."""
+        record = self.recorded.record(schema.case_id(case)) if self.recorded else None
+        if record and record.provenance:
+            return record.provenance.model_copy(update={"number_kind": "replayed", "backend": "replay"})
+        return self.provenance.model_copy(update={"weights": _weights(case)})
+
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     """Bind the run directory to this plan and these environments; HarnessError where it holds numbers of others."""
-    box = boxes.get(options.box)
-    environments = tuple(box.environment(name) for name in _environments(plan))
+    backend, box = backends.get(options.backend), boxes.get(options.box)
+    recorded = _recorded(options)
+    environments = _environments(plan, box, recorded)
     directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
+    provenance = _provenance(plan, directory, backend.name, environments)
+    gpus = _recorded_gpus(recorded) if recorded else provenance.gpus
+    slots = frozenset({"cpu", *(str(gpu.index) for gpu in gpus)})
+    return Session(
+        plan=plan,
+        run=directory,
+        options=options,
+        backend=backend,
+        box=box,
+        provenance=provenance,
+        cases=tuple(chosen(plan, options)),
+        slots=slots,
+        free=set(slots),
+        recorded=recorded,
+    )
+
+
+def _recorded(options: Options) -> store.Run | None:
+    """The run directory that a replay plays."""
+    kind, _, folder = options.backend.partition(":")
+    return store.Run.existing(Path(folder)) if kind == "replay" else None
+
+
+def _environments(plan: Plan, box: boxes.Box, recorded: store.Run | None) -> tuple[Environment, ...]:
+    """The environments that the plan's jobs run in; a replay needs none and names those of the recording."""
+    if recorded:
+        return recorded.info().environments
+    kinds = {case.kind for case in plan.cases}
+    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain"}, "serve": {"serve", "chain"}}
+    return tuple(box.environment(name) for name, users in wanted.items() if kinds & users)
+
+
+def _recorded_gpus(recorded: store.Run) -> tuple[schema.Gpu, ...]:
+    found = {gpu.index: gpu for record in recorded.records() if record.provenance for gpu in record.provenance.gpus}
+    return tuple(found.values())
+
+
+def _provenance(plan: Plan, directory: store.Run, backend: str, environments: tuple[Environment, ...]) -> Provenance:
+    """What the records of this call share; also lays the payload's code into the run."""
     gpus, driver = host.gpus()
-    provenance = Provenance(
-        number_kind="replayed" if options.backend.startswith("replay") else "measured",
+    return Provenance(
+        number_kind="replayed" if backend == "replay" else "measured",
         harness_version=harness.__version__,
         commit=host.commit(PACKAGE.parent),
         payload_sha256=directory.stage_payload(PACKAGE),
         matrix_sha256=plan.matrix_sha256,
-        backend=options.backend,
+        backend=backend,
         environments=environments,
         hosts=(os.uname().nodename,),
         cpu=host.cpu_name(),
@@ -105,23 +159,11 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
         driver=driver,
         weights="random",
     )
-    return Session(
-        plan=plan,
-        run=directory,
-        options=options,
-        backend=backends.get(options.backend),
-        box=box,
-        provenance=provenance,
-        cases=tuple(chosen(plan, options)),
-        free={"cpu", *(str(gpu.index) for gpu in gpus)},
-    )
 
 
-def _environments(plan: Plan) -> list[schema.EnvironmentName]:
-    """Names of the environments that any job of the plan runs in."""
-    kinds = {case.kind for case in plan.cases}
-    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain"}, "serve": {"serve", "chain"}}
-    return [name for name, users in wanted.items() if kinds & users]
+def _weights(case: Case) -> str:
+    weights = case.train.weights if isinstance(case, schema.ChainCase) else case.weights
+    return weights if weights in ("random", "hub") else "path"
 
 
 def chosen(plan: Plan, options: Options) -> list[Case]:
@@ -138,8 +180,11 @@ def chosen(plan: Plan, options: Options) -> list[Case]:
 def stands(directory: store.Run, case: Case, options: Options) -> bool:
     """Whether the case has a record that this call keeps."""
     record = directory.record(schema.case_id(case))
-    kept = ("measured",) if options.retry_failed else ("measured", "failed")
-    return record is not None and record.status in kept
+    if record is None or record.status == "skipped":
+        return False
+    diagnosis = record.last.diagnosis if record.last else None
+    again = options.retry_failed or (diagnosis is not None and diagnosis.failure_class in NOT_OF_THE_CASE)
+    return record.status == "measured" or not again
 
 
 def record_skips(session: Session) -> None:
@@ -179,7 +224,7 @@ def pending_work(session: Session) -> list[Work]:
 
 
 def _lacking(session: Session, case: Case) -> str | None:
-    gpus = len(session.provenance.gpus)
+    gpus = len(session.slots) - 1
     if case.device == "cuda" and case.devices > gpus:
         return f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
     return None
@@ -187,14 +232,27 @@ def _lacking(session: Session, case: Case) -> str | None:
 
 def _work(session: Session, cases: tuple[Case, ...]) -> Work:
     """The next attempt at these cases, or the last one where its jobs ended and only the record is missing."""
-    first = launch.jobs(cases, 1)
-    numbers = session.run.attempts(first[0].id)
-    latest = numbers[-1] if numbers else 0
-    if latest and not session.options.retry_failed:
+    latest = max(session.run.attempts(launch.jobs(cases, 1)[0].id), default=0)
+    if latest and not any(_decided(session, case) for case in cases):
         finished = Work(cases, latest, launch.jobs(cases, latest))
         if _take_up(session, finished):
             return finished
-    return Work(cases, latest + 1, launch.jobs(cases, latest + 1))
+    return next_work(session, cases, latest)
+
+
+def next_work(session: Session, cases: tuple[Case, ...], latest: int, lost: tuple[Attempt, ...] = ()) -> Work:
+    """A new attempt after the one numbered `latest`; what earlier ones left that is large goes."""
+    if not session.options.keep_artifacts:
+        for job in launch.jobs(cases, 1):
+            for number in session.run.attempts(job.id):
+                session.run.tidy(job.id, number)
+    return Work(cases, latest + 1, launch.jobs(cases, latest + 1), lost=lost)
+
+
+def _decided(session: Session, case: Case) -> bool:
+    """Whether a record says what came of the latest attempt at the case."""
+    record = session.run.record(schema.case_id(case))
+    return record is not None and record.last is not None
 
 
 def _take_up(session: Session, work: Work) -> bool:
@@ -204,6 +262,8 @@ def _take_up(session: Session, work: Work) -> bool:
         outcome = session.run.outcome(job.id, work.attempt)
         if ticket is None or outcome is None or outcome.interrupted or outcome.lost:
             return False
+        if not set(job.case_ids) <= session.run.cases_of(job.id, work.attempt):
+            return False  # a server that was started for other load points
         work.tickets.append(ticket)
         work.outcomes.append(outcome)
         if not outcome.ok:

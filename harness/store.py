@@ -136,6 +136,7 @@ class Run:
             info = self.info()
             created_at = info.created_at
             known = {item.name: item for item in info.environments} | known
+            _refuse_other_kind(self.folder, info, backend)
             _refuse_other_environment(self.folder, info, environments)
         info = RunInfo(
             name=self.folder.name,
@@ -165,12 +166,12 @@ class Run:
                     f"wait for it, or end it with `harness cancel {self.folder}`",
                 ) from None
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(f"{os.getpid()} {os.uname().nodename}")
             file.flush()
             yield
 
     def owner(self) -> int | None:
-        """Pid of the control plane that holds the lock, `None` where nobody does."""
+        """Pid of the control plane that holds the lock, `None` where nobody does; HarnessError on another host."""
         try:
             with open(self.folder / "lock", encoding="utf-8") as file:
                 text = file.read()
@@ -179,7 +180,10 @@ class Run:
                     return None
         except FileNotFoundError:
             return None
-        return int(text) if text.strip().isdigit() else None
+        pid, _, node = text.partition(" ")
+        if node not in ("", os.uname().nodename):
+            raise HarnessError(f"{self.folder}: a harness on {node} is at work on this run", f"go on from {node}")
+        return int(pid) if pid.isdigit() else None
 
     def stage_payload(self, package: Path) -> str:
         """Copy the payload's code into the run, so that a job imports nothing else of ours; returns its SHA-256."""
@@ -238,6 +242,20 @@ class Run:
         """The outcome of an attempt, `None` where it has none."""
         return _quietly(self.job_dir(job_id, attempt) / "outcome.json", Outcome)
 
+    def cases_of(self, job_id: str, attempt: int) -> set[str]:
+        """Ids of the cases that an attempt was asked to measure; empty where its order is unreadable."""
+        try:
+            order = json.loads((self.job_dir(job_id, attempt) / "job.json").read_text(encoding="utf-8"))
+            return {order["case_id"]} if "case_id" in order else {item["id"] for item in order["cases"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
+    def disown(self, job_id: str, attempt: int) -> None:
+        """Let no later run take up an attempt's outcome; needs no space on the disk."""
+        ticket = self.job_dir(job_id, attempt) / "ticket.json"
+        with contextlib.suppress(OSError):
+            ticket.rename(ticket.with_name("ticket.disowned.json"))
+
     def tidy(self, job_id: str, attempt: int) -> None:
         """After the record stands: drop an attempt's large artifacts and gzip its long event files."""
         folder = self.job_dir(job_id, attempt)
@@ -264,6 +282,15 @@ def _quietly(path: Path, kind: type[T]) -> T | None:
 def _payload_files(package: Path) -> list[Path]:
     wanted = [package / "__init__.py", package / "events.py", *sorted((package / "payload").rglob("*"))]
     return [path for path in wanted if path.is_file() and "__pycache__" not in path.parts]
+
+
+def _refuse_other_kind(folder: Path, info: RunInfo, backend: str) -> None:
+    replays = {name.partition(":")[0] == "replay" for name in (info.backend, backend)}
+    if len(replays) > 1:
+        raise HarnessError(
+            f"{folder}: begun with the backend {info.backend}; measured and replayed numbers do not mix",
+            "give another folder with `--runs DIR`",
+        )
 
 
 def _refuse_other_environment(folder: Path, info: RunInfo, environments: Sequence[Environment]) -> None:

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import plotly.graph_objects as go
 import pytest
 from fakes import records as fakes
+from fakes.hostile import NASTY, hostile, with_last
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -26,13 +27,6 @@ from syrupy.assertion import SnapshotAssertion
 from harness import report
 from harness.report import compare, figures, page, parts, sections, tables, terminal, words
 from harness.schema import Attempt, Record, TrainCase
-
-NASTY = (
-    "</script><script>alert(1)</script><!-- <script> \x1b[31mred\x1b[0m \x1b]0;title\x07 \u202eevil\u202c \u200f "
-    "<img src=x onerror=alert(2)> [bold red]markup[/] {{ 7*7 }} {% raw %} &lt; \u2028 \x00 \ud800 =cmd() "
-    + "x"
-    * 50_000
-)
 
 
 class Elements(html.parser.HTMLParser):
@@ -92,12 +86,6 @@ def cell_of(record: Record, kind: str, title: str) -> words.Cell:
     return next(column for column in tables.COLUMNS[kind] if column.title == title).of(entry)
 
 
-def with_last(record: Record, **changes: Any) -> Record:
-    assert record.last
-    last = record.last.model_copy(update=changes)
-    return record.model_copy(update={"attempts": (*record.attempts[:-1], last)})
-
-
 def repeated(record: Record, times: Sequence[float]) -> list[Record]:
     """A training record as repeats whose steps take so many times as long."""
     found = []
@@ -143,26 +131,6 @@ def test_the_page_fetches_nothing_and_runs_only_its_own_two_scripts(named: dict[
     ]
     assert not [attributes for _, attributes in found.tags if re.match(r"(?i)\w+:|//", attributes.get("href") or "")]
     assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
-
-
-def hostile(record: Record, text: str) -> Record:
-    """`record` with every string that a payload can choose set to `text`."""
-    assert record.last
-    seen = record.last.observation
-    ranks = tuple(r.model_copy(update={"host": text, "device_name": text, "last_phase": text}) for r in seen.ranks)
-    train = seen.train.model_copy(update={"proof": {text: {text: text}}, "proof_mismatches": (text,),
-                                          "phases_s": {text: 1.0}}) if seen.train else None  # fmt: skip
-    diagnosis = record.last.diagnosis
-    if diagnosis:
-        quotes = tuple(e.model_copy(update={"text": text, "file": text}) for e in diagnosis.evidence)
-        culprit = diagnosis.culprit and diagnosis.culprit.model_copy(update={"host": text, "gpu": text})
-        diagnosis = diagnosis.model_copy(update={"summary": text, "next_step": text, "failure_class": text,
-                                                 "evidence": quotes, "culprit": culprit})  # fmt: skip
-    jobs = tuple(job.model_copy(update={"dir": text}) for job in record.last.jobs)
-    observation = seen.model_copy(update={"ranks": ranks, "train": train, "notes": (text,), "problems": (text,),
-                                          "libraries": {text: text},
-                                          "errors": ({"rank": text, "message": text, "traceback": text},)})  # fmt: skip
-    return with_last(record, observation=observation, diagnosis=diagnosis, log_tail=text, jobs=jobs)
 
 
 def test_no_text_of_a_log_becomes_an_element(named: dict[str, Record], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.payload import adapters, bench, client, processes, server, serverlog, smoke
+from harness.payload import adapters, bench, client, processes, sampler, server, serverlog, smoke
 from harness.payload.session import BenchmarkFailed, Ended, Ending, Failed, ModelMissing, Session, SmokeFailed
 
 LIBRARIES = (
@@ -45,13 +45,19 @@ def main(arguments: list[str]) -> int:
     log = EventLog(".", 0)
     log.write("start", **_start(device))
     session = Session(job, log, ending, server.environment(device, Path.cwd()))
+    telemetry = None
     try:
+        with ending.held_back():
+            telemetry = sampler.start(session.case["tensor_parallel"], 0, os.getpid()) if device == "cuda" else None
         _measure(session)
     except Failed as failure:
         session.failures.append(failure)
     except Ended as ended:
         log.write("note", text=f"Ended by {signal.Signals(ended.number).name}.")
         return 128 + ended.number
+    finally:
+        ending.ignore()
+        sampler.stop(telemetry)
     return _finish(session)
 
 
@@ -247,7 +253,8 @@ def _load(session: Session, served: server.Served, case_id: str, case: dict[str,
         raise BenchmarkFailed(f"vllm bench serve ended with exit code {code} and no result: {cause}")
     result = json.loads(file.read_text(encoding="utf-8"))
     point = bench.load_point(case, result)
-    session.log.write("load_point", case_id=case_id, **point)
+    # The benchmark's last act is to write its result: what ran before that, for duration_s, is the load.
+    session.log.write("load_point", case_id=case_id, **point, ended=file.stat().st_mtime)
     if reason := bench.fault(point, result):
         raise BenchmarkFailed(reason)
 

@@ -13,12 +13,13 @@ import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.payload import data
+from harness.payload import data, sampler
 from harness.payload.journal import Journal, describe
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "triton", "mamba_ssm",
@@ -34,14 +35,28 @@ def main(argv: list[str]) -> int:
     journal.write("alive", what="payload started, importing its libraries")
     # Threads that spin while they wait make a busy host 10 times slower (seen, 2 cores); before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    telemetry = None
     try:
-        run(json.loads(Path(argv[0]).read_text(encoding="utf-8")), journal)
+        job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        telemetry = watch_gpus(job["case"])
+        run(job, journal)
     except Exception as error:
         journal.error(error)
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
+    finally:
+        sampler.stop(telemetry)
     journal.write("end", ok=True)
     return 0
+
+
+def watch_gpus(case: dict[str, Any]) -> subprocess.Popen[bytes] | None:
+    """The sampler of this node's GPUs, which the first rank on each node starts; None on a CPU and in other ranks."""
+    if case["device"] != "cuda" or os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    devices, node = (int(os.environ.get(name) or default) for name, default in
+                     (("LOCAL_WORLD_SIZE", "1"), ("GROUP_RANK", "0")))  # fmt: skip
+    return sampler.start(devices, node, os.getppid())
 
 
 def run(job: dict[str, Any], journal: Journal) -> None:

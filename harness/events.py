@@ -12,7 +12,8 @@ written as the string "nan", "inf" or "-inf", so that the file stays JSON and th
                    peak_reserved_bytes, device_used_bytes, peak_rss_bytes; null where it does not apply
     proof          what really runs: trainable_parameters, total_parameters, parameters_by_layer_type,
                    trainable_by_layer_type, bytes_by_dtype_and_class, sharding, kernels, attention, loss_path,
-                   adapter, optimizer, activation_checkpointing; mismatches [sentence]
+                   adapter, optimizer, activation_checkpointing, memory_cap (null, or cap_bytes,
+                   outside_torch_bytes, allowed_bytes, card_bytes); mismatches [sentence]
     step           step (from 1), warmup, start (Unix), step_time_s, data_wait_s, before_collective_s, tokens,
                    padded_tokens, loss, grad_norm, learning_rate
     eval           loss, duration_s

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from harness.payload.cap import MemoryCap
 from harness.payload.journal import Journal, Nonfinite, NotAsRequested
 
 GROWTH = 1.01
@@ -31,8 +32,8 @@ def rss_bytes(key: str = "VmRSS") -> int | None:
 class MemoryMeter:
     """Peaks since the last restart, kept as a maximum per phase."""
 
-    def __init__(self, journal: Journal, device: str) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal, device: str, cap: MemoryCap | None = None) -> None:
+        self._journal, self.cap = journal, cap
         self._cuda = device.startswith("cuda")
         self._kept: dict[str, dict[str, int | None]] = {}
 
@@ -51,6 +52,8 @@ class MemoryMeter:
         if before is None or (peak[key] or 0) > (before[key] or 0) * GROWTH:
             self._kept[phase] = peak
             self._journal.write("memory", phase=phase, **peak)
+        if self.cap:
+            self.cap.follow()
         self.restart()
 
     def _peak(self) -> dict[str, int | None]:

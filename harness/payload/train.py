@@ -66,12 +66,12 @@ def run(job: dict[str, Any], journal: Journal) -> None:
         conversations = None if case["data"] == "synthetic" else data.read_conversations(case["data"])
     device, world_size = start(case, journal)
 
-    from harness.payload import artifacts
+    from harness.payload import artifacts, cap
     from harness.payload.meter import MemoryMeter
     from harness.payload.trainer import checkpoint
 
-    memory = MemoryMeter(journal, device)
     with journal.during("load"):
+        memory = MemoryMeter(journal, device, cap.impose(case, device, journal))
         memory.restart()
         tokenizer = load_tokenizer(case, variant)
         base = base_path(case, variant, keep, tokenizer, device, journal.rank)

@@ -157,6 +157,7 @@ class MeteredTrainer(SFTTrainer):
     def prove(self) -> None:
         """Write what really is set up; raises NotAsRequested where the case asks for something else."""
         found = proof.examine(self.model_wrapped, self.optimizer, self.case, self.variant)
+        found["memory_cap"] = self.memory.cap.facts() if self.memory.cap else None
         self.journal.write("proof", **found)
         if found["mismatches"]:
             raise NotAsRequested("; ".join(found["mismatches"]))

@@ -1,0 +1,329 @@
+"""From a matrix to records: every case ends in one record, whatever ends the run in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import stub_box
+from fakes.stub_jobs import wait_for
+
+from harness import boxes, cli, host, pipeline, schema, store
+from harness.backends import processes
+from harness.errors import HarnessError
+from harness.schema import Gpu, Record
+from harness.session import Options
+
+MATRIX = """\
+version: 1
+name: small
+defaults: {device: cpu, variant: tiny-hybrid, steps: 3, warmup_steps: 1, max_model_len: 256}
+"""
+FOUR = MATRIX + "train:\n  - {method: [lora, full], seq_len: [64, 128]}\n"
+MIXED = FOUR + """\
+  - {method: lora, seq_len: 64, strategy: ddp, devices: [1, 2]}
+serve:
+  - load:
+      - {concurrency: 1, input_len: 8, output_len: 8, requests: 2}
+      - {concurrency: 4, input_len: 8, output_len: 8, requests: 8}
+chain:
+  - train: {method: lora, seq_len: 64}
+    serve: {adapter: adapter, load: {concurrency: 1, input_len: 8, output_len: 8, requests: 2}}
+"""
+ONE_GPU = MATRIX.replace("device: cpu", "device: cuda") + "train: [{method: lora, seq_len: [64, 128, 256, 512]}]\n"
+FULL = "*-full-*"
+
+
+class Bench:
+    """A matrix, its runs, and a box of stub jobs."""
+
+    def __init__(self, folder: Path, box: stub_box.StubBox) -> None:
+        self.folder, self.box = folder, box
+        self.matrix, self.runs = folder / "small.yaml", folder / "runs"
+        self.directory = store.Run(self.runs / "small")
+
+    def run(self, text: str = FOUR, watch: Callable[[Any], None] = lambda _: None, **options: Any) -> pipeline.Result:
+        self.matrix.write_text(text)
+        return pipeline.run(self.matrix, Options(runs=self.runs, **({"box": "stub"} | options)), watch)
+
+    def attempts(self) -> Counter[str]:
+        """How often each job was started."""
+        return Counter(path.name.rpartition(".")[0] for path in self.directory.jobs_dir.glob("*"))
+
+    def stamps(self) -> dict[Path, int]:
+        """When each record was written last."""
+        return {path: path.stat().st_mtime_ns for path in self.directory.folder.glob("cases/*/record.json")}
+
+    def uses(self) -> list[tuple[float, float, str]]:
+        """Begin, end and devices of each job."""
+        found = []
+        for path in self.directory.jobs_dir.glob("*/used.json"):
+            used = json.loads(path.read_text())
+            outcome = json.loads((path.parent / "outcome.json").read_text())
+            found.append((used["begin"], outcome["end"], used["devices"]))
+        return sorted(found)
+
+    def working(self) -> list[str]:
+        """Living processes that work in the run directory."""
+        found = []
+        for process in processes.everything():
+            where = processes.working_directory(process.pid)
+            if where and Path(where).is_relative_to(self.folder.resolve()) and not process.ended:
+                found.append(process.name)
+        return found
+
+
+@pytest.fixture()
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    box = stub_box.StubBox()
+    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
+    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
+    return Bench(tmp_path, box)
+
+
+def status(records: tuple[Record, ...] | list[Record]) -> Counter[str]:
+    return Counter(record.status for record in records)
+
+
+def failure(record: Record) -> str | None:
+    return record.last.diagnosis.failure_class if record.last and record.last.diagnosis else None
+
+
+# ---------------------------------------------------------------- one record each
+
+
+def test_every_planned_case_ends_in_exactly_one_record(bench: Bench) -> None:
+    bench.box.behaviour = [(FULL, {"fail_at_step": 2})]
+    result = bench.run(MIXED)
+    plan = bench.directory.plan()
+    planned = [*plan.cases, *(skip.case for skip in plan.skips)]
+    assert sorted(record.case_id for record in result.records) == sorted(map(schema.case_id, planned))
+    assert len(bench.stamps()) == len(planned)
+    assert status(result.records) == {"measured": 6, "failed": 2, "skipped": 1}
+    assert all(record.skip_reason for record in result.records if record.status == "skipped")
+    assert {failure(record) for record in result.failed} == {"app_exception"}
+    assert all("a mistake of this case" in record.last.log_tail for record in result.failed if record.last)
+    assert result.page.stat().st_size > 100_000
+
+
+def test_load_points_of_one_server_share_its_start(bench: Bench) -> None:
+    result = bench.run(MIXED, only="serve-*")
+    jobs = {record.last.jobs[0].dir for record in result.records if record.status == "measured" and record.last}
+    assert len(jobs) == 1
+    assert sorted(record.case.concurrency for record in result.records if record.status == "measured") == [1, 4]
+
+
+def test_a_chain_serves_what_its_own_attempt_trained_and_leaves_no_artifacts(bench: Bench) -> None:
+    result = bench.run(MIXED, only="chain-*")
+    chain = next(record for record in result.records if record.status == "measured")
+    assert chain.last is not None
+    assert [job.environment for job in chain.last.jobs] == ["train", "serve"]
+    assert not list(bench.directory.folder.rglob("artifacts"))
+
+
+def test_a_chain_whose_training_fails_starts_no_server(bench: Bench) -> None:
+    bench.box.behaviour = [("chain-*-train.*", {"fail_at_step": 1})]
+    chain = bench.run(MIXED, only="chain-*").failed[0]
+    assert chain.last is not None
+    assert len(chain.last.jobs) == 1
+    assert not list(bench.directory.jobs_dir.glob("*-serve.*"))
+
+
+# ---------------------------------------------------------------- resume
+
+
+def test_a_second_run_starts_nothing_and_touches_no_record(bench: Bench) -> None:
+    bench.box.behaviour = [(FULL, {"fail_at_step": 2})]
+    bench.run(MIXED)
+    before, started = bench.stamps(), bench.attempts()
+    again = bench.run(MIXED)
+    assert (bench.stamps(), bench.attempts()) == (before, started)
+    assert again.kept == 8
+    assert status(again.records) == {"measured": 6, "failed": 2, "skipped": 1}
+
+
+def test_retry_failed_measures_the_failed_again_and_remembers(bench: Bench) -> None:
+    bench.box.behaviour = [(FULL, {"fail_at_step": 2})]
+    bench.run()
+    bench.box.behaviour = []
+    result = bench.run(retry_failed=True)
+    assert status(result.records) == {"measured": 4}
+    assert sorted(bench.attempts().values()) == [1, 1, 2, 2]
+    retried = next(record for record in result.records if len(record.attempts) > 1)
+    assert [attempt.number for attempt in retried.attempts] == [1, 2]
+    assert retried.attempts[0].diagnosis is not None
+    assert retried.attempts[1].diagnosis is None
+
+
+def test_an_interrupted_case_is_measured_by_the_next_run(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"step_s": 30, "helper": True})]
+
+    def interrupt(progress: pipeline.Progress) -> None:
+        if any(bench.directory.jobs_dir.glob("*/events.rank0.jsonl")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(watch=interrupt)
+    assert bench.working() == []
+    assert bench.stamps() == {}
+    bench.box.behaviour = []
+    assert status(bench.run().records) == {"measured": 4}
+    assert sorted(bench.attempts().values()) == [1, 1, 1, 2]
+
+
+def test_an_outcome_without_a_record_is_taken_up_not_run_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control plane ends between a job's outcome and its record."""
+    bench.box.behaviour = [(FULL, {"fail_at_step": 2})]
+    save = store.Run.save
+
+    def die(run: store.Run, record: Record) -> None:
+        if record.status != "skipped":
+            raise KeyboardInterrupt
+        save(run, record)
+
+    for _ in range(2):  # after a measured one, and after a failed one
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(store.Run, "save", die)
+            bench.run(MIXED, only="train-*")
+        bench.run(MIXED, only="train-*-lora-*")
+    result = bench.run(MIXED)
+    assert status(result.records) == {"measured": 6, "failed": 2, "skipped": 1}
+    assert set(bench.attempts().values()) == {1}
+
+
+def test_new_load_points_are_measured_on_a_server_of_their_own(bench: Bench) -> None:
+    bench.run(MIXED, only="serve-*-c1-*")
+    result = bench.run(MIXED, only="serve-*")
+    assert status(result.records) == {"measured": 2, "skipped": 1}
+    assert [record.last.number for record in result.records if record.last] == [1, 2]
+
+
+def test_what_the_matrix_no_longer_excludes_is_measured(bench: Bench) -> None:
+    first = bench.run(FOUR.replace("128]}", "128], exclude: [{method: full}]}"))
+    assert status(first.records) == {"measured": 2, "skipped": 2}
+    assert status(bench.run().records) == {"measured": 4}
+
+
+def test_an_attempt_left_behind_loses_its_artifacts(bench: Bench) -> None:
+    bench.run(MIXED, only="chain-*", keep_artifacts=True)
+    chain = next(record for record in bench.directory.records() if record.status == "measured")
+    assert list(bench.directory.folder.rglob("artifacts"))
+    bench.directory.record_path(chain.case_id).unlink()
+    next(bench.directory.jobs_dir.glob("*-serve.1/outcome.json")).unlink()
+    bench.run(MIXED, only="chain-*")
+    assert sorted(bench.attempts().values()) == [2, 2]
+    assert not list(bench.directory.folder.rglob("artifacts"))
+
+
+# ---------------------------------------------------------------- lost jobs
+
+
+def test_a_lost_job_is_tried_again_and_its_record_remembers(bench: Bench) -> None:
+    bench.box.behaviour = [("*.1", {"lose": True})]
+    result = bench.run(only="*-lora-s64-*")
+    assert status(result.records) == {"measured": 1}
+    assert [attempt.number for attempt in result.records[0].attempts] == [1, 2]
+    assert result.records[0].attempts[0].jobs[0].outcome.lost
+    assert bench.working() == []
+
+
+def test_a_job_that_is_always_lost_is_recorded_after_so_many_tries(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"lose": True, "helper": True})]
+    result = bench.run(only="*-lora-s64-*")
+    assert [failure(record) for record in result.records] == ["lost"]
+    assert list(bench.attempts().values()) == [1 + pipeline.MAX_LOST]
+    assert len(result.records[0].attempts) == 1 + pipeline.MAX_LOST
+    assert bench.working() == []
+
+
+# ---------------------------------------------------------------- devices
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    found = tuple(Gpu(index=n, name="GPU", uuid=f"GPU-{n}", total_bytes=2**34) for n in range(count))
+    monkeypatch.setattr(host, "gpus", lambda: (found, "580.0" if found else None))
+
+
+def overlap(uses: list[tuple[float, float, str]]) -> list[tuple[str, str]]:
+    """Devices of each two jobs that were at work at the same time."""
+    return [
+        (one[2], other[2])
+        for index, one in enumerate(uses)
+        for other in uses[index + 1 :]
+        if other[0] < one[1] and one[0] < other[1]
+    ]
+
+
+def test_gpu_cases_are_skips_without_gpus_and_measured_once_there_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, 0)
+    first = bench.run(ONE_GPU)
+    assert status(first.records) == {"skipped": 4}
+    assert {record.skip_reason for record in first.records} == {"needs 1 GPU; this host shows 0"}
+    assert not bench.directory.jobs_dir.exists()
+    gpus(monkeypatch, 2)
+    second = bench.run(ONE_GPU)
+    assert status(second.records) == {"measured": 4}
+    assert all(len(record.provenance.gpus) == 2 for record in second.records if record.provenance)
+
+
+def test_one_gpu_cases_run_side_by_side_and_never_share_a_gpu(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 4)
+    bench.box.behaviour = [("*", {"step_s": 0.4})]
+    two = "train: [{method: lora, strategy: ddp, devices: 2, seq_len: [64, 128]}, {method: lora, seq_len"
+    bench.run(ONE_GPU.replace("train: [{method: lora, seq_len", two))
+    uses = bench.uses()
+    assert sorted(len(devices.split(",")) for _, _, devices in uses) == [1, 1, 1, 1, 2, 2]
+    at_once = overlap(uses)
+    assert len(at_once) >= 4
+    assert all(not set(one.split(",")) & set(other.split(",")) for one, other in at_once)
+    assert {gpu for _, _, devices in uses for gpu in devices.split(",")} == {"0", "1", "2", "3"}
+
+
+def test_a_cpu_case_has_the_host_to_itself(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 4)
+    bench.box.behaviour = [("*", {"step_s": 0.1})]
+    bench.run(FOUR + "  - {device: cuda, method: lora, seq_len: [64, 128]}\n")
+    uses = bench.uses()
+    assert len(uses) == 6
+    assert [pair for pair in overlap(uses) if "" in pair] == []
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_disk_that_is_full_at_a_record_costs_no_finished_case(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.box.behaviour = [("*-full-s64-*.1", {"fail_at_step": 2})]
+    write = store.write_atomically
+    room = [3]
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "record.json":
+            room[0] -= 1
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    for expected in (3, 2):
+        room[0] = expected - 1
+        with monkeypatch.context() as patch, pytest.raises(HarnessError, match="full") as raised:
+            patch.setattr(store, "write_atomically", full)
+            bench.run()
+        assert "finished cases are kept" in raised.value.hint
+    before = bench.stamps()
+    assert len(before) == 3
+    result = bench.run()
+    assert before.items() <= bench.stamps().items()
+    assert status(result.records) == {"measured": 4}

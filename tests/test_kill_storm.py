@@ -207,5 +207,5 @@ def test_fifty_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_thousand_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
-    run_storm(tmp_path, 1000)
+def test_three_hundred_kills_lose_nothing_and_leave_nothing(tmp_path: Path) -> None:
+    run_storm(tmp_path, 300)

@@ -354,6 +354,28 @@ def test_reap_ends_a_process_only_where_the_log_proves_that_it_is_the_jobs(
     assert Local().collect(ticket).lost
 
 
+@pytest.mark.parametrize(
+    ("mode", "ours"),
+    [("ab", True), ("rb", False)],  # a process that the last look missed; a person who reads the log there
+)
+def test_reap_ends_what_works_in_the_directory_and_writes_its_output_there(
+    tmp_path: Path, mode: str, ours: bool
+) -> None:
+    folder = tmp_path / "jobs/gone.1"
+    folder.mkdir(parents=True)
+    (folder / "stdout.log").touch()
+    with (
+        open(folder / "stdout.log", mode) as log,
+        subprocess.Popen(["sleep", "60"], cwd=folder, stdout=log, start_new_session=True) as sleeper,
+    ):
+        start = wait_for(lambda: processes.read(sleeper.pid)).start_ticks
+        vanished(tmp_path)
+        Local().reap(tmp_path)
+        found = processes.alive(sleeper.pid, start)
+        sleeper.kill()
+    assert found != ours
+
+
 def test_after_a_restart_of_the_host_a_job_is_lost_and_nothing_is_ended(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as sleeper:
         start = wait_for(lambda: processes.read(sleeper.pid)).start_ticks

@@ -87,7 +87,7 @@ def reap(tickets: list[Ticket]) -> Iterator[str]:
     for ticket in tickets:
         signal_supervisor(ticket, signal.SIGTERM)
     deadline = time.monotonic() + SUPERVISOR_S
-    for ticket in tickets:
+    for ticket in sorted(tickets, key=supervisor_lives):
         yield _reap(ticket, deadline)
 
 
@@ -125,7 +125,7 @@ def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: boo
 
 
 def find(ticket: Ticket) -> list[Process]:
-    """Living processes of the job, and no other's: by pid and start time, by the mark, by directory and session."""
+    """Living processes of the job, and no other's: noted ones, marked ones, and those that work where only it does."""
     if not here(ticket):
         return []
     noted, folder = known(ticket), os.path.realpath(ticket.job_dir)
@@ -139,8 +139,10 @@ def find(ticket: Ticket) -> list[Process]:
 def _belongs(process: Process, noted: Known, folder: str, mark: bytes) -> bool:
     if process.key in noted.processes or mark in processes.environment(process.pid):
         return True
-    # A session id alone may have passed to a stranger's session, and a directory alone may be a person's shell.
-    return process.session in noted.sessions and _within(processes.working_directory(process.pid), folder)
+    if not _within(processes.working_directory(process.pid), folder):
+        return False
+    # A directory alone may be a person's shell, and a session id alone may have passed to a stranger's session.
+    return process.session in noted.sessions or any(_within(path, folder) for path in processes.outputs(process.pid))
 
 
 def _within(path: str | None, folder: str) -> bool:

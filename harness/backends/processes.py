@@ -194,3 +194,14 @@ def working_directory(pid: int) -> str | None:
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/cwd")
     return None
+
+
+def outputs(pid: int) -> list[str]:
+    """Paths of the files that a process has as its standard output and error, and may write to."""
+    found = []
+    for number in (1, 2):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/fdinfo/{number}") as file:
+            flags = next(int(line.split()[1], 8) for line in file if line.startswith("flags:"))
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return found

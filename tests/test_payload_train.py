@@ -98,7 +98,8 @@ def lora(runner: Runner) -> Ran:
 
 @pytest.fixture(scope="module")
 def ddp(runner: Runner) -> Ran:
-    return runner.good("ddp", train_case(devices=2, strategy="ddp", grad_accum=2))
+    """All parameters train, the head's included: its gradient is what a wrong sharding plan leaves unreduced."""
+    return runner.good("ddp", train_case(method="full", devices=2, strategy="ddp", grad_accum=2))
 
 
 # ---------------------------------------------------------------- one rank
@@ -241,7 +242,7 @@ def test_ddp_keeps_ranks_apart(ddp: Ran) -> None:
 
 
 def test_fsdp_really_shards_and_its_gradients_equal_ddp(runner: Runner, ddp: Ran) -> None:
-    ran = runner.good("fsdp", train_case(devices=2, strategy="fsdp", grad_accum=2))
+    ran = runner.good("fsdp", train_case(method="full", devices=2, strategy="fsdp", grad_accum=2))
     for rank in (0, 1):
         proof = ran.one("proof", rank)
         assert proof["sharding"]["plain_parameters"] == 0

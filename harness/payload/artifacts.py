@@ -104,6 +104,19 @@ def trained_shapes(model: Any, case: dict[str, Any]) -> dict[str, tuple[int, ...
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if "lora_" in name}
 
 
+def consolidate(model: Any, tokenizer: Any, saved: Path, rank: int) -> None:
+    """Add what was trained to a checkpoint in shards, as whole tensors written by rank 0; every rank must call it."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    state = {}
+    for name, tensor in [*trained, *model.named_buffers()]:
+        whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+        if rank == 0:
+            state[name] = whole.cpu()
+    if rank == 0:
+        model.save_pretrained(saved, state_dict=state)
+        tokenizer.save_pretrained(saved)
+
+
 def keep_adapter(saved: Path, tokenizer: Any) -> Path:
     """Copy the adapter out of the checkpoint, as PEFT and vLLM read it."""
     target = ARTIFACTS / "adapter"

@@ -89,6 +89,8 @@ def run(job: dict[str, Any], journal: Journal) -> None:
         trained = trainer.model
         before = artifacts.logits(trained, rows, case, device) if sharded or journal.rank == 0 else None
         shapes = artifacts.trained_shapes(trained, case)
+        if trainer.is_fsdp_enabled:  # accelerate's, on GPUs: its checkpoint is in shards
+            artifacts.consolidate(trained, tokenizer, checkpoint(case), journal.rank)
         del trainer, trained
         release(device)
         if journal.rank == 0:

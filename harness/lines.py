@@ -215,6 +215,7 @@ def _load_point(seen: Seen, rank: RankSeen, event: Json) -> None:
         ttft=_latency(event.get("ttft")),
         tpot=_latency(event.get("tpot")),
         itl=_latency(event.get("itl")),
+        ended=seconds(event.get("ended")),
         **fields,
     )
 

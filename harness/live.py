@@ -15,8 +15,16 @@ TAIL_BYTES = 4_096
 """Read of each rank's file: a dozen steps."""
 SERVE_TAIL_BYTES = 65_536
 """Read of a serving job's one file, so that its few milestones are still in it."""
+MAX_GPUS = 64
 JOB_BYTES = 1_000_000
 """A job.json larger than this is not read."""
+
+
+class LiveGpu(Frozen):
+    """One GPU at the sampler's last look; `None` is not known."""
+
+    memory_used_bytes: int | None = None
+    power_w: float | None = None
 
 
 class Live(Frozen):
@@ -38,6 +46,8 @@ class Live(Frozen):
     load_points: int | None = None
     ended: bool = False
     """Some rank wrote its last line."""
+    gpus: tuple[LiveGpu, ...] = ()
+    """In the order of nodes and CUDA's ordinals; empty on a CPU."""
 
 
 def peek(job_dir: Path) -> Live:
@@ -61,7 +71,23 @@ def peek(job_dir: Path) -> Live:
         load_points_done=sum(event["kind"] == "load_point" for tail in tails for event in tail),
         load_points=len(cases) if isinstance(cases, list) else None,
         ended=any(event["kind"] == "end" for tail in tails for event in tail),
+        gpus=_gpus(job_dir),
     )
+
+
+def _gpus(job_dir: Path) -> tuple[LiveGpu, ...]:
+    """What each node's sampler (`payload/sampler.py`) wrote last."""
+    paths = sorted(job_dir.glob("gpu.samples.node*.jsonl"))
+    samples = [_last(list(_tail(str(path), TAIL_BYTES)), "sample") for path in paths]
+    lists = [sample["gpus"] for sample in samples if sample and isinstance(sample.get("gpus"), list)]
+    return tuple(_gpu(row) for rows in lists for row in rows[:MAX_GPUS])
+
+
+def _gpu(row: object) -> LiveGpu:
+    """The first two of a sample's columns."""
+    if not isinstance(row, list) or len(row) < 2:
+        return LiveGpu()
+    return LiveGpu(memory_used_bytes=count(row[0]), power_w=real(row[1]))
 
 
 def _job(job_dir: Path) -> Json:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from harness import events
+from harness import events, nccl, telemetry
 from harness.coerce import text
 from harness.lines import KINDS, MAX_NOTES, RankSeen, Seen
 from harness.live import Live, peek
@@ -109,6 +109,33 @@ def _rank(rank: RankSeen, kept: set[int]) -> RankObservation:
     )
 
 
+def _steady_window(seen: Seen, warmup_steps: int) -> telemetry.Window | None:
+    """From the first rank's first steady step to the last rank's last, and the tokens of all ranks in these steps."""
+    warmup = max(warmup_steps, seen.warmup_steps)
+    rows = [dict(zip(Steps.model_fields, row, strict=False)) for rank in seen.ranks.values()
+            for step, row in rank.rows.items() if step > warmup]  # fmt: skip
+    spans = [(row["start"], row["start"] + row["step_time_s"]) for row in rows
+             if row["start"] is not None and row["step_time_s"] is not None]  # fmt: skip
+    if not spans or len(spans) < len(rows):
+        return None
+    tokens = [row["tokens"] for row in rows]
+    start, end = min(start for start, _ in spans), max(end for _, end in spans)
+    return telemetry.Window(start, end, None if None in tokens else sum(tokens))
+
+
+def _load_window(seen: Seen, ids: set[str]) -> telemetry.Window | None:
+    """The time and the generated tokens of the load of the case that has one of `ids`."""
+    load = next((point for name, point in seen.loads.items() if name in ids), None)
+    if load is None or load.ended is None:
+        return None
+    return telemetry.Window(load.ended - load.duration_s, load.ended, load.output_tokens)
+
+
+def _gpu_rows(ranks: Sequence[RankObservation]) -> int:
+    """Rows that the GPUs' columns may have beside these ranks' steps, for one record's size."""
+    return max(telemetry.MAX_ROWS // 3, telemetry.MAX_ROWS - sum(len(rank.steps.step) for rank in ranks) // 2)
+
+
 def _train(seen: Seen, warmup_steps: int) -> TrainObservation | None:
     if not seen.ranks:
         return None
@@ -167,6 +194,10 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         0 if isinstance(case, ServeCase) else (case.train if isinstance(case, ChainCase) else case).warmup_steps
     )
     ranks = _ranks(serve if isinstance(case, ServeCase) else train)
+    rows = _gpu_rows(ranks) // (2 if chain else 1)
+    watched = (telemetry.read("train", job_dirs[:first], _steady_window(train, warmup_steps), rows),
+               telemetry.read("serve", job_dirs[first:], _load_window(serve, ids), rows))  # fmt: skip
+    said = [note for one in watched for note in one.notes]
     return Observation(
         ranks=ranks,
         train=_train(train, warmup_steps),
@@ -174,5 +205,7 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         errors=_errors(halves, ids),
         notes=tuple({**train.notes, **serve.notes})[:MAX_NOTES],
         libraries={**serve.libraries, **train.libraries},
-        problems=_problems(halves),
+        problems=(*_problems(halves), *(problem for one in watched for problem in one.problems)),
+        gpus=tuple(gpu for one in watched for gpu in one.gpus),
+        nccl=nccl.read(job_dirs),
     )

@@ -387,6 +387,8 @@ class LoadPoint(Frozen):
     ttft: Latency = Latency()
     tpot: Latency = Latency()
     itl: Latency = Latency()
+    ended: float | None = None
+    """Unix seconds; the load began `duration_s` earlier."""
 
 
 class Smoke(Frozen):
@@ -416,6 +418,126 @@ class ServeObservation(Frozen):
     """The server's argv, versions, parsers and what else it stated."""
 
 
+class GpuProcess(Frozen):
+    """A process that held memory of a GPU while the job ran."""
+
+    pid: int
+    name: str | None = None
+    own: bool | None = None
+    """Of this job; `None` where the sampler cannot see the process."""
+    max_bytes: int | None = None
+
+
+class GpuSteady(Frozen):
+    """One GPU over the time that is measured: the steady steps, or the load that a server was put under."""
+
+    duration_s: float
+    tokens: int | None = None
+    """Real tokens of all ranks in that time; for a server the generated ones."""
+    energy_j: float | None = None
+    energy_from: Literal["counter", "power"] | None = None
+    """`counter`: the GPU's own energy counter at both ends; `power`: the sampled power over time."""
+    power_mean_w: float | None = None
+    power_max_w: float | None = None
+    sm_clock_mean_mhz: float | None = None
+    sm_clock_min_mhz: float | None = None
+    utilisation_mean: float | None = None
+    """NVML's share of time with a kernel running, 0 to 1."""
+    samples: int = 0
+
+
+class GpuSeries(Frozen):
+    """What the sampler saw of one GPU, from before the model was loaded to the job's end; a number is over all that."""
+
+    role: Literal["train", "serve"]
+    """Of the job that used it."""
+    node: int
+    ordinal: int
+    """CUDA's number of it within the job, which on one node is its rank."""
+    index: int | None = None
+    """The driver's number of it on that host."""
+    uuid: str | None = None
+    name: str | None = None
+    total_bytes: int | None = None
+    power_limit_w: float | None = None
+    power_source: str | None = None
+    """`instant`, or `average` over a second where the driver states no other."""
+    bus: str | None = None
+    numa_node: int | None = None
+    near_cpus: str | None = None
+    pcie: str | None = None
+    """Generation and width in use and, where that is less, the largest: `gen 5 x16`."""
+    nvlinks: dict[str, int] = {}
+    """Active NVLinks by what is at their other end."""
+    near: dict[str, str] = {}
+    """By ordinal of another GPU of the job, the nearest thing on the PCIe side that they share."""
+    interval_s: float | None = None
+    samples: int = 0
+    start: float | None = None
+    """Unix seconds of the first row of the columns."""
+    row_s: float = 1.0
+    """Seconds that one row covers; more than 1 where a long job had more rows than a record keeps."""
+    memory_used_bytes: tuple[int | None, ...] = ()
+    """The largest within each row, of all processes."""
+    power_w: tuple[float | None, ...] = ()
+    """The mean within each row."""
+    power_max_w: tuple[float | None, ...] = ()
+    sm_clock_mhz: tuple[float | None, ...] = ()
+    """The mean within each row."""
+    sm_clock_min_mhz: tuple[float | None, ...] = ()
+    utilisation: tuple[float | None, ...] = ()
+    """The mean within each row, 0 to 1."""
+    memory_first_bytes: int | None = None
+    """In use at the first sample, before this job used the GPU."""
+    memory_max_bytes: int | None = None
+    memory_clock_max_mhz: int | None = None
+    temperature_max_c: int | None = None
+    pcie_rx_max_bytes_per_s: int | None = None
+    pcie_tx_max_bytes_per_s: int | None = None
+    throttle: dict[str, float] = {}
+    """By reason, the share of the samples, once a second, in which the GPU was held back."""
+    energy_j: float | None = None
+    """From the first sample to the last, by the GPU's counter."""
+    steady: GpuSteady | None = None
+    processes: tuple[GpuProcess, ...] = ()
+    sampler_core_share: float | None = None
+    """Processor time that sampling this node took, as a share of one core."""
+
+
+class NcclLink(Frozen):
+    """How two ranks talk."""
+
+    source: int
+    target: int
+    transport: str
+    """As NCCL writes it, without the network device's number: `P2P/CUMEM`, `SHM/direct/direct`, `NET/IB/GDRDMA`."""
+    channels: int
+
+
+class NcclFacts(Frozen):
+    """What NCCL's own log says of how the ranks are connected."""
+
+    version: str | None = None
+    ranks: int | None = None
+    """Ranks of the largest communicator."""
+    nodes: int | None = None
+    transports: dict[str, int] = {}
+    """Connections, each a channel from one rank to another, by transport."""
+    links: tuple[NcclLink, ...] = ()
+    network: str | None = None
+    """What connects nodes: `Socket`, `IB` or a plugin's name; chosen even where one node needs none."""
+    interfaces: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    """Kinds of the best paths that NCCL found within a node, of its ring: `NVL` is NVLink, `PHB` crosses the host."""
+    algorithms: tuple[str, ...] = ()
+    """Those that were connected: `ring`, `tree`, `nvls`, `collnet`."""
+    environment: dict[str, str] = {}
+    """NCCL's variables that it says it obeys."""
+    warnings: tuple[str, ...] = ()
+    files: int = 0
+    """Log files read, one for each process."""
+
+
 class Observation(Frozen):
     """What the files of an attempt's jobs say; made from whatever was written, however little."""
 
@@ -428,6 +550,9 @@ class Observation(Frozen):
     libraries: dict[str, str] = {}
     problems: tuple[str, ...] = ()
     """What could not be read, with file and line."""
+    gpus: tuple[GpuSeries, ...] = ()
+    """By node and ordinal; empty on a CPU and where telemetry was off."""
+    nccl: NcclFacts | None = None
 
 
 class Culprit(Frozen):

@@ -26,7 +26,8 @@ from syrupy.assertion import SnapshotAssertion
 
 from harness import report
 from harness.report import compare, figures, page, parts, sections, tables, terminal, words
-from harness.schema import Attempt, Record, TrainCase
+from harness.report.entry import counts, entries, number_label, verdict
+from harness.schema import Attempt, Record, TrainCase, case_id
 
 
 class Elements(html.parser.HTMLParser):
@@ -82,8 +83,8 @@ def rows_of(text: str) -> dict[int, dict[str, Any]]:
 
 
 def cell_of(record: Record, kind: str, title: str) -> words.Cell:
-    entry = tables.entries("run", [record])[0]
-    return next(column for column in tables.COLUMNS[kind] if column.title == title).of(entry)
+    one = entries("run", [record])[0]
+    return next(column for column in tables.COLUMNS[kind] if column.title == title).of(one)
 
 
 def repeated(record: Record, times: Sequence[float]) -> list[Record]:
@@ -178,10 +179,10 @@ def test_embedded_json_reads_back_and_cannot_end_its_element(value: Any) -> None
 
 
 def test_a_detail_keeps_to_its_limit_and_names_what_it_leaves_out(named: dict[str, Record]) -> None:
-    entry = tables.entries("run", [hostile(named["failed_oom"], NASTY)])[0]
-    whole = page.detail(entry, parts.no_link, 10**9)
+    one = entries("run", [hostile(named["failed_oom"], NASTY)])[0]
+    whole = page.detail(one, parts.no_link, 10**9)
     assert json.loads(whole)["head"]["left_out"] == []
-    cut = page.detail(entry, parts.no_link, 8_000)
+    cut = page.detail(one, parts.no_link, 8_000)
     assert len(cut.encode()) < 9_500
     assert json.loads(cut)["head"]["left_out"]
     assert "Diagnosis" in [part["t"] for part in json.loads(cut)["sections"]]
@@ -200,7 +201,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(named: dict[str, Recor
 
 def test_the_headline_counts_planned_cases_and_apart_from_them_the_added(named: dict[str, Record]) -> None:
     added = named["qlora"].model_copy(update={"parent": named["lora"].case_id})
-    found = tables.counts([named["lora"], named["failed_oom"], named["skipped"], added])
+    found = counts([named["lora"], named["failed_oom"], named["skipped"], added])
     assert found == {"planned": 3, "measured": 1, "failed": 1, "skipped": 1, "added": 1}
 
 
@@ -217,10 +218,10 @@ def test_answers_carry_their_n_and_lead_to_their_case(named: dict[str, Record], 
 def test_what_a_page_says_of_each_kind(named: dict[str, Record], snapshot: SnapshotAssertion) -> None:
     for kind, names in {"train": ("lora", "fsdp", "gpu", "failed_oom", "skipped"), "serve": ("serve_4", "failed_serve"),
                         "chain": ("chain_merged",)}.items():  # fmt: skip
-        rows = tables.entries("run", [named[name] for name in names])
+        rows = entries("run", [named[name] for name in names])
         shown = {"columns": [column.title for column in tables.columns_of(kind, rows)],
                  "rows": [[column.of(row).text for column in tables.columns_of(kind, rows)] for row in rows],
-                 "verdicts": [tables.verdict(row) for row in rows]}  # fmt: skip
+                 "verdicts": [verdict(row) for row in rows]}  # fmt: skip
         assert shown == snapshot(name=kind)
 
 
@@ -238,18 +239,18 @@ def test_what_was_not_measured_is_a_dash_with_a_reason_and_never_zero(named: dic
 
 
 def test_a_failed_case_yields_no_number_though_its_steps_were_seen(named: dict[str, Record]) -> None:
-    entry = tables.entries("run", [named["failed_nan"]])[0]
-    assert entry.summary
-    assert entry.summary.train
-    assert entry.summary.train.tokens_per_s is not None
-    assert entry.train is None
-    assert tables.number_label(entry) == "no number"
-    assert figures.throughput([entry]) is None
+    one = entries("run", [named["failed_nan"]])[0]
+    assert one.summary
+    assert one.summary.train
+    assert one.summary.train.tokens_per_s is not None
+    assert one.train is None
+    assert number_label(one) == "no number"
+    assert figures.throughput([one]) is None
 
 
 def test_memory_columns_follow_the_device(named: dict[str, Record]) -> None:
     def titles(*names: str) -> list[str]:
-        rows = tables.entries("run", [named[name] for name in names])
+        rows = entries("run", [named[name] for name in names])
         return [column.title for column in tables.columns_of("train", rows) if "GiB" in column.title]
 
     assert titles("lora") == ["RSS+ GiB"]
@@ -258,8 +259,22 @@ def test_memory_columns_follow_the_device(named: dict[str, Record]) -> None:
 
 
 def test_a_case_is_told_apart_by_what_is_unusual_in_it(named: dict[str, Record]) -> None:
-    found = tables.entries("run", [named["lora"], named["ddp"], named["full"], named["failed_nan"]])
+    found = entries("run", [named["lora"], named["ddp"], named["full"], named["failed_nan"]])
     assert [entry.differs for entry in found] == ["", "", "param_dtype fp32", "learning_rate 0.3"]
+
+
+def test_a_capped_case_says_what_fits_and_never_how_fast(named: dict[str, Record]) -> None:
+    assert isinstance(named["gpu"].case, TrainCase)
+    case = named["gpu"].case.model_copy(update={"memory_cap_gib": 80.0})
+    capped = named["gpu"].model_copy(update={"case": case, "case_id": case_id(case)})
+    assert number_label(entries("run", [capped])[0]) == "capped at 80 GiB, random weights"
+    for title in ("Tokens/s", "Step p50", "CV"):
+        cell = cell_of(capped, "train", title)
+        assert (cell.text, cell.why) == (words.MISSING, "memory capped at 80 GiB: says what fits, never how fast")
+    assert cell_of(capped, "train", "Alloc. GiB").text == cell_of(named["gpu"], "train", "Alloc. GiB").text
+    assert figures.throughput(entries("run", [capped])) is None
+    names = {row.measure.name for row in compared([capped], [capped]).rows}
+    assert names == {"peak allocated", "peak reserved", "peak resident growth"}
 
 
 def test_labels_say_measured_or_replayed_and_which_weights(named: dict[str, Record]) -> None:
@@ -267,7 +282,7 @@ def test_labels_say_measured_or_replayed_and_which_weights(named: dict[str, Reco
     assert provenance
     replayed = provenance.model_copy(update={"number_kind": "replayed", "weights": "hub@abc"})
     record = named["lora"].model_copy(update={"provenance": replayed})
-    assert tables.number_label(tables.entries("run", [record])[0]) == "replayed, hub@abc weights"
+    assert number_label(entries("run", [record])[0]) == "replayed, hub@abc weights"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +326,7 @@ def test_long_lines_and_texts_are_cut_and_counted() -> None:
 def test_each_figure_is_one_that_plotly_accepts(
     title: str, make: Any, named: dict[str, Record], snapshot: SnapshotAssertion
 ) -> None:
-    drawn = make(tables.entries("run", list(named.values())))
+    drawn = make(entries("run", list(named.values())))
     assert drawn is not None, title
     go.Figure(**drawn.figure)
     assert drawn.figure == snapshot
@@ -320,7 +335,7 @@ def test_each_figure_is_one_that_plotly_accepts(
 
 def test_each_figure_of_a_case_is_one_that_plotly_accepts(named: dict[str, Record]) -> None:
     for name in ("fsdp", "gpu"):
-        drawn = [part.figure for part in sections.sections(tables.entries("run", [named[name]])[0]) if part.figure]
+        drawn = [part.figure for part in sections.sections(entries("run", [named[name]])[0]) if part.figure]
         assert len(drawn) == 3
         for figure in drawn:
             go.Figure(**figure)
@@ -331,7 +346,7 @@ def test_each_figure_of_a_case_is_one_that_plotly_accepts(named: dict[str, Recor
 def test_throughput_over_lengths_shows_the_range_of_repeats(named: dict[str, Record]) -> None:
     assert isinstance(named["lora"].case, TrainCase)
     longer = named["lora"].model_copy(update={"case": named["lora"].case.model_copy(update={"seq_len": 512})})
-    drawn = figures.throughput(tables.entries("run", [*repeated(named["lora"], (1, 2, 4)), longer]))
+    drawn = figures.throughput(entries("run", [*repeated(named["lora"], (1, 2, 4)), longer]))
     assert drawn
     (line,) = drawn.figure["data"]
     assert line["x"] == [256, 512]
@@ -348,7 +363,7 @@ def test_a_long_series_keeps_its_spike() -> None:
 
 
 def test_lines_left_out_are_counted(named: dict[str, Record]) -> None:
-    rows = tables.entries("run", repeated(named["lora"], [1.0] * 20))
+    rows = entries("run", repeated(named["lora"], [1.0] * 20))
     drawn = figures.step_times(rows)
     assert drawn
     assert len(drawn.figure["data"]) == figures.MAX_LINES
@@ -359,7 +374,7 @@ def test_lines_left_out_are_counted(named: dict[str, Record]) -> None:
 
 
 def compared(base: Sequence[Record], other: Sequence[Record]) -> compare.Compared:
-    return compare.compare(tables.entries("a", base), tables.entries("b", other), ("a", "b"))
+    return compare.compare(entries("a", base), entries("b", other), ("a", "b"))
 
 
 def throughput_row(found: compare.Compared) -> compare.Comparison:
@@ -380,7 +395,7 @@ def test_a_difference_within_the_spread_is_not_called_one(named: dict[str, Recor
     row = throughput_row(compared(repeated(named["lora"], (1.0, 1.3)), repeated(named["lora"], (1.1, 1.4))))
     assert row.judgement == "within the spread"
     single = throughput_row(compared([named["lora"]], repeated(named["lora"], (2.0,))))
-    assert single.judgement == "single values: no spread known"
+    assert single.judgement == "n = 1: no spread"
 
 
 def test_ids_in_one_run_only_are_named(named: dict[str, Record]) -> None:
@@ -469,8 +484,8 @@ def test_a_line_for_a_case_that_ended(named: dict[str, Record]) -> None:
 def test_any_text_in_any_place_makes_a_page(text: str, count: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     record = hostile(_failed(), text)
     several = record.model_copy(update={"attempts": tuple(_renumbered(record, count))})
-    entry = tables.entries("run", [several])[0]
-    assert json.loads(page.detail(entry, parts.no_link, 60_000))["head"]["id"] == record.case_id
+    one = entries("run", [several])[0]
+    assert json.loads(page.detail(one, parts.no_link, 60_000))["head"]["id"] == record.case_id
 
 
 def _renumbered(record: Record, count: int) -> list[Attempt]:

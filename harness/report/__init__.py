@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.report.compare import comparison_csv
+from harness.report.entry import ReportRun
 from harness.report.page import render
-from harness.report.tables import ReportRun
 
 __all__ = ["ReportRun", "comparison_csv", "render"]

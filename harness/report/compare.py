@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.report.tables import Case, Entry, ReportRun, entries, label, peak_row
+from harness.report.entry import Case, Entry, ReportRun, entries, label, peak_row
 from harness.report.words import GIB, MISSING, Cell, clean, digits, one_line
 from harness.schema import ChainCase, LoadPoint, case_id
 from harness.summary import Spread, TrainSummary, spread
@@ -47,13 +47,14 @@ class Comparison:
     def judgement(self) -> str:
         """What the ratio may be read as; two single values have no spread to judge by."""
         low, high = (self.base.min, self.base.max), (self.other.min, self.other.max)
-        if self.ratio is None or None in low or None in high:
+        if None in low or None in high:
             return "not comparable"
         if self.base.n < 2 or self.other.n < 2:
-            return "single values: no spread known"
+            return "n = 1: no spread"
         if (self.base.min or 0) <= (self.other.max or 0) and (self.other.min or 0) <= (self.base.max or 0):
             return "within the spread"
-        return "better" if (self.ratio > 1) == self.measure.higher_is_better else "worse"
+        grew = (self.other.p50 or 0) > (self.base.p50 or 0)
+        return "better" if grew == self.measure.higher_is_better else "worse"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,12 @@ def _by_case(found: Sequence[Entry]) -> dict[str, list[Entry]]:
     return groups
 
 
+def _label(entry: Entry) -> str:
+    """The label of a case's repeats together."""
+    apart = [part for part in entry.differs.split(", ") if part and "repeat" not in part]
+    return one_line(f"{label(entry.case)} ({', '.join(apart)})" if apart else label(entry.case))
+
+
 def _status(found: Sequence[Entry]) -> str:
     kinds = sorted({entry.record.status for entry in found})
     return kinds[0] if len(kinds) == 1 else ", ".join(kinds)
@@ -144,14 +151,14 @@ def _status(found: Sequence[Entry]) -> str:
 
 def _rows(name: str, left: Sequence[Entry], right: Sequence[Entry]) -> list[Comparison]:
     """A row for each measure that either run has; one without numbers where neither has any."""
-    found = []
+    found, name_of_case = [], _label(left[0])
     for measure in MEASURES:
         base, other = (spread([v for e in side if (v := measure.of(e)) is not None]) for side in (left, right))
-        if base.n or other.n:
-            found.append(Comparison(name, one_line(label(left[0].case)), measure, base, other,
+        if (base.n or other.n) and not (base.max == 0 and other.max == 0):
+            found.append(Comparison(name, name_of_case, measure, base, other,
                                     _status(left), _status(right)))  # fmt: skip
     status = Measure("status", "", True, lambda entry: None)
-    return found or [Comparison(name, one_line(label(left[0].case)), status, Spread(), Spread(),
+    return found or [Comparison(name, name_of_case, status, Spread(), Spread(),
                                 _status(left), _status(right))]  # fmt: skip
 
 

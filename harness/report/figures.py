@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from harness.report.tables import Entry, full_label, place
+from harness.report.entry import Entry, full_label, place
 from harness.report.words import GIB, TIMES, one_line
 from harness.schema import LoadPoint, RankObservation
 from harness.summary import MemoryRow, TrainSummary, spread

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from harness.report.compare import Compared
+from harness.report.entry import Entry, ReportRun, full_label, peak_row, place, verdict
 from harness.report.parts import when
 from harness.report.sections import environment_row
-from harness.report.tables import Entry, ReportRun, full_label, peak_row, place, verdict
 from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance
 
@@ -24,8 +25,8 @@ class Answer(NamedTuple):
     value: str
     because: str
     """The case, and the n behind the value."""
-    row: int
-    """Index of the case's row."""
+    href: str
+    """Where it stands on the page."""
 
 
 def run_facts(run: ReportRun) -> dict[str, object]:
@@ -102,7 +103,9 @@ def _fastest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     because = f"{_how(best[1])}; n = {plural(train.steady_steps, 'step')}"
     variation = train.step_time_s.coefficient_of_variation
     because += f", CV {digits(variation * 100)} %" if variation is not None else ""
-    return Answer(f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, best[0])
+    return Answer(
+        f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, f"#case-{best[0]}"
+    )
 
 
 def _longest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
@@ -113,7 +116,7 @@ def _longest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].training is None:
         return None
     value = f"{best[1].training.seq_len:,} tokens"
-    return Answer(f"Longest sample that trained, {name}", value, _how(best[1]), best[0])
+    return Answer(f"Longest sample that trained, {name}", value, _how(best[1]), f"#case-{best[0]}")
 
 
 def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
@@ -125,7 +128,7 @@ def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].train is None:
         return None
     kind = _MEASURES.get(best[1].train.memory_measure or "", "resident")
-    return Answer(f"Least memory, {name}", f"{size(_peak(best[1])).text} {kind}", _how(best[1]), best[0])
+    return Answer(f"Least memory, {name}", f"{size(_peak(best[1])).text} {kind}", _how(best[1]), f"#case-{best[0]}")
 
 
 def _peak(row: Entry) -> int:
@@ -141,7 +144,9 @@ def _most_served(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     load = best[1].serve.load
     because = (f"{load.concurrency} requests at once; TTFT p95 {ms(load.ttft.p95_s).text} ms, "
                f"TPOT p95 {ms(load.tpot.p95_s).text} ms; n = {plural(load.completed, 'request')}")  # fmt: skip
-    return Answer(f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, best[0])
+    return Answer(
+        f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, f"#case-{best[0]}"
+    )
 
 
 def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:
@@ -152,13 +157,26 @@ def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:
     served = ", ".join(sorted({row.serving.adapter for row in good if row.serving}))
     because = f"trained, reloaded, served and smoke-tested: {one_line(served, 80)}" if good else "see their rows"
     value = f"{len(good)} of {plural(len(chains), 'chain')} passed"
-    return Answer("Train to served model", value, because, chains[0][0])
+    return Answer("Train to served model", value, because, f"#case-{chains[0][0]}")
 
 
 def _how(row: Entry) -> str:
     case = row.training
     assert case is not None
     return f"{case.method}, seq {case.seq_len:,}, {place(case)}"
+
+
+def changes(compared: Sequence[Compared]) -> list[Answer]:
+    """What a later run did against the first, by the spread of the repeats."""
+    found = []
+    for one in compared:
+        readings = Counter(row.judgement for row in one.rows)
+        rest = [f"{amount} {reading}" for reading, amount in readings.items() if reading not in ("better", "worse")]
+        alone = f"{len(one.only_base)} only in {one.base}, {len(one.only_other)} only in {one.other}"
+        because = one_line("; ".join([f"of {plural(len(one.rows), 'number')}", *rest, alone]), 300)
+        value = f"{readings['worse']} worse, {readings['better']} better"
+        found.append(Answer(one_line(f"{one.other} against {one.base}", 160), value, because, "#compared"))
+    return found
 
 
 # ---------------------------------------------------------------- failures and environments

@@ -23,17 +23,8 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from harness.report import compare, figures, headline, parts, sections
-from harness.report.tables import (
-    KINDS,
-    Entry,
-    ReportRun,
-    columns_of,
-    counts,
-    entries,
-    full_label,
-    number_label,
-    verdict,
-)
+from harness.report.entry import Entry, ReportRun, counts, entries, full_label, number_label, verdict
+from harness.report.tables import KINDS, columns_of
 from harness.report.words import TIMES, Cell, missing, one_line, plural
 
 DETAILS_LIMIT_BYTES = 48_000_000
@@ -61,6 +52,10 @@ def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
     """The page's text, for a file that will stand in `folder`."""
     found = [entries(run.name, run.records, name_run=len(runs) > 1) for run in runs]
     everything = [entry for of_run in found for entry in of_run]
+    compared = [
+        compare.compare(found[0], other, (runs[0].name, run.name))
+        for run, other in zip(runs[1:], found[1:], strict=True)
+    ]
     script, style, plotly = _asset("report.js"), _asset("report.css"), get_plotlyjs()
     return (
         _environment()
@@ -69,13 +64,13 @@ def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
             title=" vs ".join(one_line(run.name, 80) for run in runs),
             runs=[headline.run_facts(run) for run in runs],
             counts=[(one_line(run.name, 80), counts(run.records)) for run in runs],
-            answers=headline.answers(everything),
+            answers=headline.answers(everything) if len(runs) == 1 else headline.changes(compared),
             failures=headline.failures(everything),
             skips=_skips(everything),
             environments=headline.environments(runs),
             environment_head=sections.ENVIRONMENT_HEAD,
             numbers=_number_kinds(everything),
-            data=compact(_data(runs, found)),
+            data=compact(_data(found, compared)),
             figures=[(title, compact(drawn.figure), drawn.note) for title, drawn in _figures(everything)],
             details=_details(runs, found, folder),
             csp=content_policy(script, style, plotly),
@@ -150,11 +145,9 @@ def _links(entry: Entry, link: parts.Link) -> list[list[str]]:
 # ---------------------------------------------------------------- what the page's script reads
 
 
-def _data(runs: Sequence[ReportRun], found: Sequence[Sequence[Entry]]) -> dict[str, Any]:
+def _data(found: Sequence[Sequence[Entry]], compared: Sequence[compare.Compared]) -> dict[str, Any]:
     indexed = list(enumerate(entry for of_run in found for entry in of_run))
     tables = [_table(kind, [(i, e) for i, e in indexed if e.case.kind == kind]) for kind in KINDS]
-    compared = [compare.compare(found[0], other, (runs[0].name, run.name))
-                for run, other in zip(runs[1:], found[1:], strict=True)]  # fmt: skip
     return {"tables": [table for table in tables if table["rows"]], "compared": [_compared(one) for one in compared]}
 
 
@@ -172,7 +165,11 @@ def _table(kind: str, rows: Sequence[tuple[int, Entry]]) -> dict[str, Any]:
 def _row(index: int, entry: Entry, cells: Sequence[Cell]) -> dict[str, Any]:
     record, (tone, sentence) = entry.record, verdict(entry)
     name = Cell(one_line(entry.case.variant, 80), record.case_id, one_line(entry.case.variant, 80))
-    apart = [one_line(text, 160) for text in (entry.differs, "added by a ladder" if record.parent else "") if text]
+    apart = [
+        one_line(text, 160)
+        for text in (entry.beside, entry.differs, "added by a ladder" if record.parent else "")
+        if text
+    ]
     words = (record.case_id, full_label(entry), number_label(entry), sentence, record.skip_rule or "")
     return {
         "i": index,

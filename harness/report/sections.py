@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.report import figures
+from harness.report.entry import Entry, number_label, peak_row
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
-from harness.report.tables import Entry, number_label, peak_row
 from harness.report.words import (
     MISSING,
     TIMES,
@@ -69,11 +69,16 @@ def _failure(attempt: Attempt, link: Link) -> list[Section | None]:
         ("Cause", word(diagnosis.cause_status, "how sure the diagnosis is of the cause")),
         ("Next step", word(diagnosis.next_step or MISSING)),
     ]
-    quotes = [(Cell(one_line(f"{quote.file}:{quote.line}", 160), "", None, link(f"jobs/{quote.file}")),
-               word(quote.role), word(quote.text)) for quote in diagnosis.evidence]  # fmt: skip
+    quotes = [
+        (word(quote.role), word(quote.text), _where(quote.file, quote.line, link)) for quote in diagnosis.evidence
+    ]
     tail = Section("End of the log", text=clean_end(attempt.log_tail), open=True) if attempt.log_tail else None
     return [facts_section("Diagnosis", facts, open=True),
-            table_section("Evidence", ("file:line", "role", "says"), quotes, open=True), tail]  # fmt: skip
+            table_section("Evidence", ("role", "says", "file:line"), quotes, open=True), tail]  # fmt: skip
+
+
+def _where(file: str, line: int, link: Link) -> Cell:
+    return Cell(one_line(f"{file}:{line}", 160), "", None, link(f"jobs/{file}"))
 
 
 # ---------------------------------------------------------------- numbers

@@ -14,9 +14,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness.report.entry import Entry, counts, entries, full_label, number_label, verdict
 from harness.report.parts import Section
 from harness.report.sections import sections
-from harness.report.tables import Entry, counts, entries, full_label, key_number, number_label, verdict
+from harness.report.tables import key_number
 from harness.report.words import MISSING, clean, digits, duration, one_line, plural
 from harness.schema import Plan, Record, case_id
 

@@ -203,7 +203,7 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         train=_train(train, warmup_steps),
         serve=_serve(serve, ids),
         errors=_errors(halves, ids),
-        notes=tuple({**train.notes, **serve.notes})[:MAX_NOTES],
+        notes=tuple({**dict.fromkeys(said), **train.notes, **serve.notes})[:MAX_NOTES],
         libraries={**serve.libraries, **train.libraries},
         problems=(*_problems(halves), *(problem for one in watched for problem in one.problems)),
         gpus=tuple(gpu for one in watched for gpu in one.gpus),

@@ -14,6 +14,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from harness.energy import GpuSummary, summarize_gpus
 from harness.schema import (
     Attempt,
     ChainCase,
@@ -105,6 +106,8 @@ class TrainSummary(Frozen):
     checkpoint_bytes: int | None = None
     merge_s: float | None = None
     merge_peak_rss_bytes: int | None = None
+    gpu: GpuSummary | None = None
+    """Over the steady steps; `None` on a CPU and where telemetry was off."""
 
 
 class ServeSummary(Frozen):
@@ -121,6 +124,8 @@ class ServeSummary(Frozen):
     """Failed requests over those asked for."""
     output_tokens_per_s_per_device: float | None = None
     smoke: Smoke | None = None
+    gpu: GpuSummary | None = None
+    """Over the load; `None` on a CPU and where telemetry was off."""
 
 
 class Summary(Frozen):
@@ -139,7 +144,7 @@ def summarize(record: Record) -> Summary | None:
     serving = case.serve if isinstance(case, ChainCase) else case
     seen = attempt.observation
     train = _train(training, attempt, seen.train) if isinstance(training, TrainCase) and seen.train else None
-    serve = _serve(serving, seen.serve) if isinstance(serving, ServeCase) and seen.serve else None
+    serve = _serve(serving, attempt, seen.serve) if isinstance(serving, ServeCase) and seen.serve else None
     return Summary(train=train, serve=serve) if train or serve else None
 
 
@@ -240,7 +245,12 @@ def _train(case: TrainCase, attempt: Attempt, seen: TrainObservation) -> TrainSu
         checkpoint_bytes=seen.checkpoint_bytes,
         merge_s=seen.merge_s,
         merge_peak_rss_bytes=seen.merge_peak_rss_bytes,
+        gpu=_gpus(attempt, "train", case.devices),
     )
+
+
+def _gpus(attempt: Attempt, role: str, devices: int) -> GpuSummary | None:
+    return summarize_gpus([gpu for gpu in attempt.observation.gpus if gpu.role == role], devices)
 
 
 def _throughput(
@@ -367,4 +377,5 @@ def _serve(case: ServeCase, seen: ServeObservation) -> ServeSummary:
         failed_share=_ratio(load.failed, load.requests) if load else None,
         output_tokens_per_s_per_device=_ratio(load.output_tokens_per_s, case.devices) if load else None,
         smoke=seen.smoke,
+        gpu=_gpus(attempt, "serve", case.devices),
     )

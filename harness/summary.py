@@ -365,7 +365,7 @@ def _imbalance(rows: Sequence[MemoryRow]) -> float | None:
 # ---------------------------------------------------------------- serving
 
 
-def _serve(case: ServeCase, seen: ServeObservation) -> ServeSummary:
+def _serve(case: ServeCase, attempt: Attempt, seen: ServeObservation) -> ServeSummary:
     load = seen.load
     return ServeSummary(
         ready_s=seen.ready_s,

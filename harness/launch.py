@@ -53,10 +53,12 @@ GPU_RANKS = {
     "NCCL_DEBUG": "INFO",
     "NCCL_DEBUG_SUBSYS": "INIT,ENV,NET,GRAPH",
     "NCCL_DEBUG_FILE": "nccl.%h.%p.log",
-    # Flight Recorder: the last 2,000 collectives of each rank, written where one times out.
+    # Flight Recorder: the last 2,000 collectives of each rank, written where one times out, or where the supervisor
+    # of a stalled job asks for them through the pipe.
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "flight_recorder_rank",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "nccl_trace_rank_",
+    "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": "nccl_trace_rank_",
 }
 """NCCL's log and PyTorch's Flight Recorder, in the job's directory.
 

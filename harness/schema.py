@@ -432,6 +432,8 @@ class GpuSteady(Frozen):
     """One GPU over the time that is measured: the steady steps, or the load that a server was put under."""
 
     duration_s: float
+    start: float | None = None
+    """Unix seconds."""
     tokens: int | None = None
     """Real tokens of all ranks in that time; for a server the generated ones."""
     energy_j: float | None = None

@@ -354,7 +354,7 @@ def _steady(window: Window | None, card: _Card) -> GpuSteady | None:
     energy = counted if counted is not None else integrated
     power, clock = card.inside["power_w"], card.inside["sm_clock_mhz"]
     return GpuSteady(
-        duration_s=round(window.end - window.start, 6), tokens=window.tokens,
+        start=window.start, duration_s=round(window.end - window.start, 6), tokens=window.tokens,
         energy_j=None if energy is None else float(f"{energy:.6g}"),
         energy_from=None if energy is None else "power" if counted is None else "counter",
         power_mean_w=power.mean, power_max_w=power.largest, sm_clock_mean_mhz=clock.mean,

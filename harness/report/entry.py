@@ -20,7 +20,7 @@ UNEVEN = 1.20
 _NO_SPEED = {
     "tokens_per_s": None, "tokens_per_s_per_device": None, "padded_tokens_per_s": None,
     "padded_tokens_per_s_per_device": None, "step_time_s": Spread(), "slowest_rank": None, "slowest_rank_ratio": None,
-    "data_wait_share": None, "first_step_s": None, "time_to_first_step_s": None,
+    "data_wait_share": None, "gpu": None, "first_step_s": None, "time_to_first_step_s": None,
 }  # fmt: skip
 IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "seq_len", "concurrency",
                         "input_len", "output_len", "adapter", *NOT_IDENTITY})  # fmt: skip

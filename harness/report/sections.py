@@ -9,6 +9,7 @@ from harness.report import figures
 from harness.report.entry import Entry, number_label, peak_row
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
 from harness.report.words import (
+from harness.report.sampled import sampled_sections
     MISSING,
     TIMES,
     Cell,
@@ -40,7 +41,7 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     found += [_provenance(record.provenance), _environments(record.provenance.environments)] if record.provenance \
         else []  # fmt: skip
     if attempt is not None:
-        found += [_attempts(record.attempts, link), *_said(attempt)]
+        found += [*sampled_sections(attempt.observation.gpus), _attempts(record.attempts, link), *_said(attempt)]
     return [section for section in found if section is not None]
 
 

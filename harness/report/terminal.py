@@ -18,7 +18,7 @@ from harness.report.entry import Entry, counts, entries, full_label, number_labe
 from harness.report.parts import Section
 from harness.report.sections import sections
 from harness.report.tables import key_number
-from harness.report.words import MISSING, clean, digits, duration, one_line, plural
+from harness.report.words import MISSING, clean, digits, duration, one_line, plural, size
 from harness.schema import Plan, Record, case_id
 
 if TYPE_CHECKING:
@@ -30,6 +30,13 @@ FINDING_STYLE = {"ok": "green", "warn": "yellow", "bad": "bold red", "absent": "
 MAX_RUNNING = 8
 """Jobs at work that the live view lists."""
 LABEL_WIDTH = 26
+
+
+class _LiveGpu(Protocol):
+    @property
+    def memory_used_bytes(self) -> int | None: ...
+    @property
+    def power_w(self) -> float | None: ...
 
 
 class _Live(Protocol):
@@ -49,6 +56,8 @@ class _Live(Protocol):
     def load_points_done(self) -> int: ...
     @property
     def load_points(self) -> int | None: ...
+    @property
+    def gpus(self) -> Sequence[_LiveGpu]: ...
 
 
 class _Job(Protocol):
@@ -173,7 +182,13 @@ def _doing(live: _Live) -> str:
     parts += [f"loss {digits(live.loss)}"] if live.loss is not None else []
     parts += [f"{digits(live.tokens_per_s)} tokens/s"] if live.tokens_per_s else []
     parts += [f"load point {live.load_points_done}/{live.load_points}"] if live.load_points else []
+    parts += [_gpu(gpu) for gpu in live.gpus if gpu.memory_used_bytes is not None]
     return ", ".join(parts)
+
+
+def _gpu(gpu: _LiveGpu) -> str:
+    watts = f" {gpu.power_w:.0f} W" if gpu.power_w is not None else ""
+    return f"{size(gpu.memory_used_bytes).text}{watts}"
 
 
 # ---------------------------------------------------------------- a plan

@@ -29,6 +29,7 @@ from harness.schema import (
     TrainCase,
     TrainObservation,
 )
+from harness.utilisation import Utilisation, utilisation
 
 Measure = Literal["allocated", "rss_growth", "rss"]
 
@@ -108,6 +109,9 @@ class TrainSummary(Frozen):
     merge_peak_rss_bytes: int | None = None
     gpu: GpuSummary | None = None
     """Over the steady steps; `None` on a CPU and where telemetry was off."""
+    utilisation: Utilisation | None = None
+    no_speed: str = ""
+    """Why this case has no speed, all fields of which are then empty: its GPU was held to a smaller size."""
 
 
 class ServeSummary(Frozen):
@@ -215,7 +219,7 @@ def _train(case: TrainCase, attempt: Attempt, seen: TrainObservation) -> TrainSu
     data_wait_share, data_wait_n = _data_wait_share(ranks, warmup)
     measure, rows = _memory(ranks)
     first_step_s, time_to_first_step_s = _first_step(attempt)
-    return TrainSummary(
+    found = TrainSummary(
         ranks=len(ranks),
         steady_steps=len(slowest),
         warmup_steps=warmup,
@@ -246,7 +250,22 @@ def _train(case: TrainCase, attempt: Attempt, seen: TrainObservation) -> TrainSu
         merge_s=seen.merge_s,
         merge_peak_rss_bytes=seen.merge_peak_rss_bytes,
         gpu=_gpus(attempt, "train", case.devices),
+        utilisation=utilisation(case, ranks, seen, _ratio(real, case.devices)),
     )
+    return found if case.memory_cap_gib is None else _without_speed(found, case.memory_cap_gib)
+
+
+_SPEED = ("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "throughput_n", "padded_tokens_per_s",
+          "padded_tokens_per_s_per_device", "before_collective_s", "before_collective_n", "slowest_rank",
+          "slowest_rank_ratio", "data_wait_share", "data_wait_n", "first_step_s", "time_to_first_step_s", "merge_s",
+          "utilisation")  # fmt: skip
+
+
+def _without_speed(found: TrainSummary, cap_gib: float) -> TrainSummary:
+    """What a capped GPU may say: what fits, never how fast; a full allocator frees and asks again, at its own pace."""
+    card = found.gpu and GpuSummary(**found.gpu.model_dump(include={"gpus", "memory_max_bytes", "memory_max_ordinal"}))
+    why = f"memory capped at {cap_gib:g} GiB: says what fits, never how fast"
+    return TrainSummary(**found.model_dump(exclude={*_SPEED, "gpu", "no_speed"}), gpu=card, no_speed=why)
 
 
 def _gpus(attempt: Attempt, role: str, devices: int) -> GpuSummary | None:

@@ -98,6 +98,55 @@ def test_a_step_takes_as_long_as_its_slowest_rank_and_counts_the_tokens_of_all()
     assert found.padded_tokens_per_s == pytest.approx(4 * 240 / 10)
 
 
+def on_gpu(record: Record, name: str, **changes: Any) -> TrainSummary:
+    """A record's training as if its ranks had run on GPUs of that name, with these changes of its case."""
+    case = record.case.model_copy(update={"device": "cuda", **changes})
+    ranks = tuple(one.model_copy(update={"device_name": name}) for one in record.attempts[0].observation.ranks)
+    seen = record.attempts[0].observation.model_copy(update={"ranks": ranks})
+    attempt = record.attempts[0].model_copy(update={"observation": seen})
+    found = summarize(record.model_copy(update={"case": case, "attempts": (attempt,)}))
+    assert found
+    assert found.train
+    return found.train
+
+
+def test_the_mfu_is_model_flops_times_tokens_over_the_peak() -> None:
+    found = on_gpu(made_up()["lora"], "NVIDIA H200")
+    used = found.utilisation
+    assert used
+    assert (used.gpu, used.peak_flops_per_s, used.why_not) == ("h200-sxm", 989.4e12, "")
+    assert found.tokens_per_s_per_device
+    assert used.mfu == pytest.approx(used.model_flops_per_token * found.tokens_per_s_per_device / 989.4e12)
+    assert used.hardware_flops_per_token > used.model_flops_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why_not"),
+    [
+        ("NVIDIA H200", {"device": "cpu"}, "a CPU has no peak in the catalog"),
+        ("Quadro 4000", {}, "the catalog knows no one peak for Quadro 4000"),
+    ],
+)
+def test_there_is_no_mfu_without_a_peak(name: str, changes: dict[str, Any], why_not: str) -> None:
+    used = on_gpu(made_up()["lora"], name, **changes).utilisation
+    assert used
+    assert (used.mfu, used.why_not) == (None, why_not)
+    assert used.model_flops_per_token > 0
+
+
+def test_a_capped_gpu_says_what_fits_and_never_how_fast() -> None:
+    free = on_gpu(made_up()["gpu"], "NVIDIA H200")
+    capped = on_gpu(made_up()["gpu"], "NVIDIA H200", memory_cap_gib=24.0)
+    assert capped.no_speed == "memory capped at 24 GiB: says what fits, never how fast"
+    assert capped.memory == free.memory
+    assert (capped.peak, capped.loss_last, capped.steady_steps) == (free.peak, free.loss_last, free.steady_steps)
+    said = capped.model_dump(exclude_defaults=True)
+    assert not [name for name in said if any(word in name for word in ("tokens", "_s", "wait", "collective", "slow"))
+                if name not in ("steady_steps", "warmup_steps", "no_speed", "loss_first", "loss_last")]  # fmt: skip
+    assert not free.no_speed
+    assert free.tokens_per_s
+
+
 def test_what_one_rank_lacks_lowers_n_and_moves_nothing() -> None:
     holed = (1.0, 1.0, None, 1.0, 1.0, 1.0)
     found = training(rank(0), rank(1, step_time_s=holed, tokens=(100, 100, 100, None, 100, 100)))

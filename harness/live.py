@@ -58,8 +58,9 @@ def peek(job_dir: Path) -> Live:
     tails = [list(_tail(path, SERVE_TAIL_BYTES if serving else TAIL_BYTES)) for path in paths]
     steps = [step for tail in tails if (step := _last(tail, "step"))]
     times = [value for step in steps if (value := seconds(step.get("step_time_s"))) is not None]
-    slowest = max(times, default=None)
     case, cases = mapping(job.get("case")), job.get("cases")
+    # A capped GPU says what fits, never how fast.
+    slowest = max(times, default=None) if case.get("memory_cap_gib") is None else None
     return Live(
         phase=next((phase for tail in tails if (phase := _phase(tail))), None),
         step=max((count(step.get("step")) or 0 for step in steps), default=None),

@@ -94,7 +94,9 @@ class Session:
         record = self.recorded.record(schema.case_id(case)) if self.recorded else None
         if record and record.provenance:
             return record.provenance.model_copy(update={"number_kind": "replayed", "backend": "replay"})
-        return self.provenance.model_copy(update={"weights": _weights(case)})
+        held = isinstance(case, schema.TrainCase) and case.memory_cap_gib is not None
+        kind = "capped" if held else self.provenance.number_kind
+        return self.provenance.model_copy(update={"weights": _weights(case), "number_kind": kind})
 
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:

@@ -44,6 +44,8 @@ def _training(case: TrainCase) -> dict[str, object]:
         found["before_8bit"] = case.optimizer
     if not case.activation_checkpointing:
         found["checkpointing_off"] = "off"
+    if case.memory_cap_gib is not None:
+        found["memory_cap_gib"] = f"{case.memory_cap_gib:g}"
     return found
 
 

@@ -22,6 +22,8 @@ from harness.triage.tables import Failed, launcher_table
 MAX_EVIDENCE = 6
 SERVER_PHASES = frozenset({"start_server", "bench", "smoke", "stop_server"})
 """Phases whose `error` event only reports what the server's own log explains."""
+OF_A_CAP = frozenset({"oom_gpu_load", "oom_gpu_forward", "oom_gpu_backward", "oom_gpu_optimizer", "oom_gpu_save_eval"})
+"""Classes that a cap on the GPU's memory can make; their summary names it."""
 SIGKILL, SIGTERM, SIGINT, SIGABRT = 9, 15, 2, 6
 
 
@@ -298,7 +300,9 @@ def _from_hit(facts: Facts, hit: Hit, same_role: Sequence[Hit]) -> Diagnosis:
 
 def _summary(hit: Hit, known: dict[str, object]) -> str:
     if hit.signature:
-        return advice.fill(hit.signature.summary, known) or hit.signature.summary
+        sentence = advice.fill(hit.signature.summary, known) or hit.signature.summary
+        capped = hit.failure_class in OF_A_CAP and "memory_cap_gib" in known
+        return f"{sentence.removesuffix('.')}, with memory_cap_gib {known['memory_cap_gib']}." if capped else sentence
     return f"{hit.kind or 'An error'} in phase {hit.phase or 'unknown'}: {hit.evidence.text[:200]}"
 
 

@@ -27,7 +27,7 @@ from syrupy.assertion import SnapshotAssertion
 from harness import report
 from harness.report import compare, figures, page, parts, sections, tables, terminal, words
 from harness.report.entry import counts, entries, number_label, verdict
-from harness.schema import Attempt, Record, TrainCase, case_id
+from harness.schema import Attempt, GpuSeries, GpuSteady, NcclFacts, Record, TrainCase, case_id
 
 
 class Elements(html.parser.HTMLParser):
@@ -294,6 +294,24 @@ def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
     assert words.digits(value) == text
 
 
+def test_what_the_sampler_saw_stands_in_the_detail(named: dict[str, Record]) -> None:
+    assert named["gpu"].last
+    steady = GpuSteady(start=fakes.BEGAN, duration_s=10.0, tokens=1000, energy_j=6000.0, energy_from="counter")
+    one = GpuSeries(role="train", node=0, ordinal=0, name="NVIDIA H200", uuid=NASTY, memory_max_bytes=30 * 2**30,
+                    steady=steady, throttle={"sw_power_cap": 0.25})  # fmt: skip
+    series = (one, one.model_copy(update={"ordinal": 1}))
+    nccl = NcclFacts(version="2.28.9", transports={"P2P/CUMEM": 24})
+    seen = named["gpu"].last.observation.model_copy(update={"gpus": series, "nccl": nccl})
+    record = with_last(named["gpu"], observation=seen)
+    found = {part.title: part for part in sections.sections(entries("run", [record])[0])}
+    together = dict(found["GPU energy and power over the measured time"].facts)
+    assert (together["Joules per token"].text, together["Energy, J"].text) == ("12.0", "12,000")
+    assert [row[3].text for row in found["GPUs as sampled"].rows] == ["30.0", "30.0"]
+    assert found["GPUs as sampled"].rows[0][-1].text == "sw power cap 25.0 %"
+    assert "P2P/CUMEM 24" in dict(found["How NCCL connected the ranks"].facts)["transports"].text
+    page.compact([parts.as_json(part) for part in found.values()])
+
+
 # ---------------------------------------------------------------- text of a log
 
 
@@ -395,7 +413,7 @@ def test_a_difference_within_the_spread_is_not_called_one(named: dict[str, Recor
     row = throughput_row(compared(repeated(named["lora"], (1.0, 1.3)), repeated(named["lora"], (1.1, 1.4))))
     assert row.judgement == "within the spread"
     single = throughput_row(compared([named["lora"]], repeated(named["lora"], (2.0,))))
-    assert single.judgement == "n = 1: no spread"
+    assert single.judgement == "spread unknown (n = 1)"
 
 
 def test_ids_in_one_run_only_are_named(named: dict[str, Record]) -> None:

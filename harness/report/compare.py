@@ -50,7 +50,7 @@ class Comparison:
         if None in low or None in high:
             return "not comparable"
         if self.base.n < 2 or self.other.n < 2:
-            return "n = 1: no spread"
+            return "spread unknown (n = 1)"
         if (self.base.min or 0) <= (self.other.max or 0) and (self.other.min or 0) <= (self.base.max or 0):
             return "within the spread"
         grew = (self.other.p50 or 0) > (self.base.p50 or 0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.report.words import TIMES, digits, one_line, plural
 from harness.schema import NOT_IDENTITY, ChainCase, Record, ServeCase, TrainCase
-from harness.summary import MemoryRow, ServeSummary, Spread, Summary, TrainSummary, summarize
+from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
 
 Case = TrainCase | ServeCase | ChainCase
 
@@ -17,11 +17,6 @@ NOISY = 0.10
 """Coefficient of variation of the step time from which a case is called noisy (our own threshold)."""
 UNEVEN = 1.20
 """Ratio between ranks, of memory or of time before the first collective, from which it is named (our own threshold)."""
-_NO_SPEED = {
-    "tokens_per_s": None, "tokens_per_s_per_device": None, "padded_tokens_per_s": None,
-    "padded_tokens_per_s_per_device": None, "step_time_s": Spread(), "slowest_rank": None, "slowest_rank_ratio": None,
-    "data_wait_share": None, "gpu": None, "first_step_s": None, "time_to_first_step_s": None,
-}  # fmt: skip
 IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "seq_len", "concurrency",
                         "input_len", "output_len", "adapter", *NOT_IDENTITY})  # fmt: skip
 """Case fields that the tables show, or that follow from one they show."""
@@ -70,13 +65,12 @@ class Entry:
 
     @property
     def train(self) -> TrainSummary | None:
-        """Training statistics of a measured case; a failed one yields no number, a capped one no speed."""
-        train = self.summary.train if self.summary and self.record.status == "measured" else None
-        return train.model_copy(update=_NO_SPEED) if train and self.cap_gib is not None else train
+        """Training statistics of a measured case; a failed one yields no number."""
+        return self.summary.train if self.summary and self.record.status == "measured" else None
 
     @property
     def cap_gib(self) -> float | None:
-        """The size that a larger GPU was held to; what is measured so says what fits, never how fast."""
+        """The size that a larger GPU was held to."""
         return self.training.memory_cap_gib if self.training else None
 
     @property
@@ -87,8 +81,6 @@ class Entry:
     @property
     def why_missing(self) -> str:
         """Why this record has no number where it has none."""
-        if self.record.status == "measured" and self.cap_gib is not None:
-            return f"memory capped at {self.cap_gib:g} GiB: says what fits, never how fast"
         reasons = {"failed": "not measured: the case failed", "skipped": "not measured: the case was skipped"}
         return reasons.get(self.record.status, "not measured: the payload did not state it")
 

@@ -100,7 +100,7 @@ def _fastest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].train is None:
         return None
     train = best[1].train
-    because = f"{_how(best[1])}; n = {plural(train.steady_steps, 'step')}"
+    because = f"{_how(best[1])}; n = {plural(train.throughput_n, 'step')}"
     variation = train.step_time_s.coefficient_of_variation
     because += f", CV {digits(variation * 100)} %" if variation is not None else ""
     return Answer(

@@ -7,9 +7,11 @@ from typing import Any
 
 from harness.report import figures
 from harness.report.entry import Entry, number_label, peak_row
+from harness.report.gpus import gpu_sections
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
-from harness.report.words import (
 from harness.report.sampled import sampled_sections
+from harness.report.tables import mfu
+from harness.report.words import (
     MISSING,
     TIMES,
     Cell,
@@ -35,8 +37,8 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     found: list[Section | None] = [_skip(entry)]
     if attempt is not None:
         found += [*_failure(attempt, link), _training_results(entry), _serving_results(entry), _latencies(entry),
-                  *_figures(entry, attempt), _memory_table(entry), _ranks(entry, attempt), _proof(attempt),
-                  _phases(attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
+                  *_figures(entry, attempt), _memory_table(entry), _ranks(entry, attempt), *_gpus(entry, attempt),
+                  _proof(attempt), _phases(attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
     found += [_case(entry)]
     found += [_provenance(record.provenance), _environments(record.provenance.environments)] if record.provenance \
         else []  # fmt: skip
@@ -96,7 +98,7 @@ def _training_results(entry: Entry) -> Section | None:
     train = entry.train
     if train is None:
         return None
-    n = f"n = {train.steady_steps} steady steps, {train.warmup_steps} of warm-up left out"
+    n = f"n = {train.throughput_n} steady steps, {train.warmup_steps} of warm-up left out"
     facts = [
         ("Tokens/s", number(train.tokens_per_s)._replace(why=n)),
         ("Tokens/s per device", number(train.tokens_per_s_per_device)._replace(why=n)),
@@ -104,6 +106,7 @@ def _training_results(entry: Entry) -> Section | None:
         ("Step time", _spread(train.step_time_s, duration)),
         ("Step time CV", percent(train.step_time_s.coefficient_of_variation, "not measured: needs two steps")),
         ("Behind these", Cell(n)),
+        ("Model FLOPs utilisation (MFU)", mfu(train)),
         ("Slowest rank", _slowest(train)),
         ("Memory, largest over smallest rank", number(train.memory_imbalance, "needs two ranks")),
         ("Waiting for data", percent(train.data_wait_share)),
@@ -217,6 +220,11 @@ def _rank_row(rank: RankObservation, train: TrainSummary | None) -> tuple[Cell, 
         size(peak.peak_bytes)._replace(why=f"{measure}, phase {peak.phase}") if peak else missing(),
         word(rank.last_phase or MISSING), Cell("yes" if rank.ended else "no"),
     )  # fmt: skip
+
+
+def _gpus(entry: Entry, attempt: Attempt) -> list[Section | None]:
+    halves = [half.gpu for half in (entry.train, entry.serve) if half and half.gpu]
+    return gpu_sections(halves, attempt.observation.gpus, attempt.observation.nccl)
 
 
 # ---------------------------------------------------------------- what ran

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.report.entry import Entry, peak_row, place
-from harness.report.words import Cell, count, duration, gib, missing, ms, number, one_line, percent, plural
+from harness.report.words import Cell, count, digits, duration, gib, missing, ms, number, one_line, percent, plural
 from harness.schema import ServeCase, TrainCase
 from harness.summary import ServeSummary, TrainSummary
 
@@ -31,7 +31,8 @@ def _text(value: object) -> Cell:
 def _train(pick: Callable[[TrainSummary], Cell]) -> Callable[[Entry], Cell]:
     def of(entry: Entry) -> Cell:
         cell = pick(entry.train) if entry.train else missing(entry.why_missing)
-        return cell._replace(why=entry.why_missing) if cell.sort is None and entry.cap_gib is not None else cell
+        return cell._replace(why=entry.train.no_speed) if cell.sort is None and entry.train and entry.train.no_speed \
+            else cell  # fmt: skip
 
     return of
 
@@ -73,8 +74,16 @@ def _cpu_growth(entry: Entry) -> Cell:
 
 def _tokens_per_s(train: TrainSummary) -> Cell:
     cell = number(train.tokens_per_s)
-    return cell._replace(why=f"all devices together, n = {plural(train.steady_steps, 'steady step')}") \
+    return cell._replace(why=f"all devices together, n = {plural(train.throughput_n, 'steady step')}") \
         if train.tokens_per_s is not None else cell  # fmt: skip
+
+
+def mfu(train: TrainSummary) -> Cell:
+    """How much of the GPU's peak the training used, or why that is not known."""
+    found = train.utilisation
+    if found is None or found.mfu is None:
+        return missing(found.why_not if found and found.why_not else "not measured")
+    return percent(found.mfu)._replace(why=f"of {found.gpu}, {digits(found.model_flops_per_token / 1e9)} GFLOP a token")
 
 
 def _output_rate(serve: ServeSummary) -> Cell:
@@ -131,7 +140,10 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("p95", "95th percentile of the step time", _train(lambda t: duration(t.step_time_s.p95))),
         Column("CV", "Coefficient of variation of the step time: deviation over mean",
                _train(lambda t: percent(t.step_time_s.coefficient_of_variation, "not measured: needs two steps"))),
-        _N, *_MEMORY,
+        _N,
+        Column("MFU", "Model FLOPs utilisation: what the method needs, without recomputation, over the GPU's peak",
+               _train(mfu), optional=True),
+        *_MEMORY,
     ),
     "serve": (
         _MODEL,

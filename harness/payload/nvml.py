@@ -47,7 +47,7 @@ class Card:
         self._refused: set[tuple[Any, ...]] = set()
         self._never = {getattr(nvml, name, None) for name in _REFUSALS}
         self._lost = {getattr(nvml, name, None) for name in _LOSSES}
-        self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", nvml.NVMLError)
+        self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", ())
         self.index = self.ask("nvmlDeviceGetIndex")
         self.uuid = _text(self.ask("nvmlDeviceGetUUID"))
         self._memory_version = getattr(nvml, "nvmlMemory_v2", None)
@@ -233,7 +233,11 @@ def order_doubt(nvml: Any) -> str | None:
     """A sentence where CUDA's numbers may not be NVML's: unlike GPUs that CUDA sorts by speed."""
     if os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID":
         return None
-    named = {nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())}
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        named = {nvml.nvmlDeviceGetName(handle) for handle in handles}
+    except nvml.NVMLError:
+        return "Not every GPU of this host says its name: telemetry may be of another GPU than CUDA's."
     if len(named) < 2:
         return None
     return "The host's GPUs differ and CUDA_DEVICE_ORDER is not PCI_BUS_ID: telemetry may be of another GPU."

@@ -86,10 +86,10 @@ def main(arguments: list[str]) -> int:
 
             pynvml.nvmlInit()
             found = nvml.cards(pynvml, devices)
+            _say_what_there_is(log, pynvml, found, devices, node, parent)
         except Exception as error:  # whatever is wrong with the driver, the case itself goes on
             log.note(f"No GPU telemetry: {type(error).__name__}: {error}")
             return 1
-        _say_what_there_is(log, pynvml, found, devices, node, parent)
         Sampling(log, found, root).run()
     return 0
 

@@ -59,10 +59,13 @@ def _gpu(nvml: Any, index: int) -> Gpu:
 
 
 def commit(root: Path) -> str | None:
-    """The git commit of the tree at `root`, with `+dirty` where it differs; `None` outside a checkout."""
+    """The git commit of the tree at `root`, with `+dirty` where it differs.
+
+    Outside a checkout what `HARNESS_COMMIT` says, for a copy that was carried to a host; `None` without it.
+    """
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("HARNESS_COMMIT")
     return head + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
 
 

@@ -211,6 +211,7 @@ def test_answers_carry_their_n_and_lead_to_their_case(named: dict[str, Record], 
                          r'</span>\s*<span class="b">(.*?)</span>', text)  # fmt: skip
     fastest = next(answer for answer in answers if answer[1] == "Fastest training, tiny-hybrid on CPU")
     assert "n = 15 steps" in fastest[3]
+    assert fastest[3].endswith("; measured, random weights")
     row = rows_of(text)[int(fastest[0])]
     assert fastest[2].removesuffix(" tokens/s") in [cell[0] for cell in row["c"]]
 

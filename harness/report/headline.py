@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.report.compare import Compared
-from harness.report.entry import Entry, ReportRun, full_label, peak_row, place, verdict
+from harness.report.entry import Entry, ReportRun, full_label, number_label, peak_row, place, verdict
 from harness.report.parts import when
 from harness.report.sections import environment_row
 from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
@@ -86,6 +86,11 @@ def answers(rows: Sequence[Entry]) -> list[Answer]:
     return [answer for answer in found if answer][:MAX_ANSWERS]
 
 
+def _answer(question: str, value: str, because: str, of: tuple[int, Entry]) -> Answer:
+    """An answer that one case gives, with the kind of its number."""
+    return Answer(question, value, f"{because}; {number_label(of[1])}", f"#case-{of[0]}")
+
+
 def _best(rows: Sequence[tuple[int, Entry]], value: Callable[[Entry], float | None]) -> tuple[int, Entry] | None:
     known = [(score, item) for item in rows if (score := value(item[1])) is not None]
     return max(known, key=lambda pair: pair[0])[1] if known else None
@@ -103,9 +108,7 @@ def _fastest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     because = f"{_how(best[1])}; n = {plural(train.throughput_n, 'step')}"
     variation = train.step_time_s.coefficient_of_variation
     because += f", CV {digits(variation * 100)} %" if variation is not None else ""
-    return Answer(
-        f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, f"#case-{best[0]}"
-    )
+    return _answer(f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, best)
 
 
 def _longest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
@@ -116,7 +119,7 @@ def _longest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].training is None:
         return None
     value = f"{best[1].training.seq_len:,} tokens"
-    return Answer(f"Longest sample that trained, {name}", value, _how(best[1]), f"#case-{best[0]}")
+    return _answer(f"Longest sample that trained, {name}", value, _how(best[1]), best)
 
 
 def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
@@ -128,7 +131,7 @@ def _leanest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     if best is None or best[1].train is None:
         return None
     kind = _MEASURES.get(best[1].train.memory_measure or "", "resident")
-    return Answer(f"Least memory, {name}", f"{size(_peak(best[1])).text} {kind}", _how(best[1]), f"#case-{best[0]}")
+    return _answer(f"Least memory, {name}", f"{size(_peak(best[1])).text} {kind}", _how(best[1]), best)
 
 
 def _peak(row: Entry) -> int:
@@ -144,9 +147,7 @@ def _most_served(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     load = best[1].serve.load
     because = (f"{load.concurrency} requests at once; TTFT p95 {ms(load.ttft.p95_s).text} ms, "
                f"TPOT p95 {ms(load.tpot.p95_s).text} ms; n = {plural(load.completed, 'request')}")  # fmt: skip
-    return Answer(
-        f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, f"#case-{best[0]}"
-    )
+    return _answer(f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, best)
 
 
 def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:

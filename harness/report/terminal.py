@@ -80,7 +80,7 @@ class Progress(Protocol):
     @property
     def records(self) -> tuple[Record, ...]: ...
     @property
-    def kept(self) -> int: ...
+    def kept(self) -> frozenset[str]: ...
     @property
     def running(self) -> Sequence[_Running]: ...
     @property
@@ -120,22 +120,23 @@ def _grid(*widths: int | None) -> Table:
 # ---------------------------------------------------------------- a run
 
 
-def run_table(records: Sequence[Record]) -> RenderableType:
-    """A run's cases with status, key number and verdict, and the counts."""
+def run_table(records: Sequence[Record], kept: frozenset[str] = frozenset()) -> RenderableType:
+    """A run's cases with status, key number and verdict, and the counts; `kept` are ids not measured by this call."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("status", width=8)
     table.add_column("case", ratio=1, overflow="fold")
     table.add_column("key number", justify="right", width=18)
     for entry in entries("", records):
-        table.add_row(*_run_row(entry))
+        table.add_row(*_run_row(entry, entry.record.case_id in kept))
     return Group(table, Text(), _counted(records), *_number_kinds(records))
 
 
-def _run_row(entry: Entry) -> tuple[Text, Text, Text]:
+def _run_row(entry: Entry, kept: bool) -> tuple[Text, Text, Text]:
     status, (tone, sentence) = entry.record.status, verdict(entry)
     case = Text(one_line(entry.record.case_id))
     case.append(f"\n{sentence}", style=TONE_STYLE[tone])
-    return Text(status, style=STATUS_STYLE[status]), case, Text(key_number(entry).text)
+    shown = "kept" if kept and status == "measured" else status
+    return Text(shown, style=STATUS_STYLE[status]), case, Text(key_number(entry).text)
 
 
 def _counted(records: Sequence[Record]) -> Text:
@@ -165,7 +166,7 @@ def progress(now: Progress) -> RenderableType:
     failed = sum(record.status == "failed" for record in now.records)
     head = Text(f"{len(now.records)} of {plural(now.total, 'case')} done")
     head.append(f", {failed} failed" if failed else "", style="bold red")
-    head.append(f", {now.kept} kept from before" if now.kept else "", style="dim")
+    head.append(f", {len(now.kept)} kept" if now.kept else "", style="dim")
     head.append(f", about {duration(now.seconds_left).text} left" if now.seconds_left is not None else "", style="dim")
     table = _grid(None, 44)
     for running in now.running[:MAX_RUNNING]:

@@ -238,7 +238,7 @@
   const apply = () => {
     const words = state.q.toLowerCase().split(/\s+/).filter(Boolean);
     const shown = tables.reduce((sum, table) => sum + table.filter(words), 0);
-    document.getElementById("shown").textContent = shown === total ? `${total} cases` : `${shown} of ${total} cases`;
+    document.getElementById("shown").textContent = shown === total ? `${total} ${total === 1 ? "case" : "cases"}` : `${shown} of ${total} cases`;
   };
   for (const key of Object.keys(state)) {
     document.getElementById(key).addEventListener("input", (e) => { state[key] = e.target.value; apply(); });

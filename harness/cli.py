@@ -125,13 +125,17 @@ def run(
     keep_artifacts: Annotated[
         bool, typer.Option("--keep-artifacts", help="Keep checkpoints, adapters and merged models.")
     ] = False,
+    have: Annotated[
+        list[Path] | None,
+        typer.Option("--have", help="Keep what runs at or below this folder have measured in such an environment."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     as_json: Json = False,
 ) -> int:
     """Measure a matrix; on an existing run directory, go on where it stopped."""
     from harness import pipeline, session
 
-    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts)
+    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()))
     if dry_run:
         return _dry_run(matrix, options, as_json)
     if as_json:
@@ -159,9 +163,14 @@ def _result_json(result: pipeline.Result) -> dict[str, Any]:
     return {
         "run": str(result.run.folder),
         "report": str(result.page),
-        "kept": result.kept,
+        "kept": len(result.kept),
         "cases": [
-            {"id": record.case_id, "status": record.status, "record": str(result.run.record_path(record.case_id))}
+            {
+                "id": record.case_id,
+                "status": record.status,
+                "kept": record.case_id in result.kept,
+                "record": str(result.run.record_path(record.case_id)),
+            }
             for record in result.records
         ],
     }
@@ -179,7 +188,7 @@ def _run_live(matrix: Path, options: session.Options) -> pipeline.Result:
     else:
         with Live(console=console, refresh_per_second=4, transient=True) as live:
             result = pipeline.run(matrix, options, lambda progress: live.update(terminal.progress(progress)))
-    _show(*result.notes, terminal.run_table(result.records))
+    _show(*result.notes, terminal.run_table(result.records, result.kept))
     console.print(f"report: {result.page}", soft_wrap=True)
     return result
 
@@ -189,10 +198,14 @@ def _line_by_line(console: Console) -> Any:
     from harness.report import terminal
 
     seen: set[str] = set()
+    told: set[str] = set()
 
     def watch(progress: pipeline.Progress) -> None:
+        if progress.kept != told:
+            told.update(progress.kept)
+            console.print(f"{len(told)} of {progress.total} kept: their records stand", soft_wrap=True)
         for record in progress.records:
-            if record.case_id not in seen and (seen or len(progress.records) > progress.kept):
+            if record.case_id not in seen | progress.kept:
                 console.print(terminal.line(record, len(progress.records), progress.total), soft_wrap=True)
             seen.add(record.case_id)
 

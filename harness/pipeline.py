@@ -16,7 +16,7 @@ from pathlib import Path
 from harness import backends, boxes, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
 from harness.schema import Attempt, Job, JobRun, Plan, Record
-from harness.session import Case, Options, Session, Work, begin, chosen, next_work, pending_work, record_skips, stands
+from harness.session import Case, Options, Session, Work, begin, next_work, pending_work, record_skips, unmeasured
 
 POLL_S = 0.25
 MAX_LOST = 2
@@ -40,8 +40,8 @@ class Progress:
 
     total: int
     records: tuple[Record, ...]
-    kept: int
-    """Of the records, those that an earlier call had measured."""
+    kept: frozenset[str]
+    """Ids of the records that no job of this call made."""
     running: tuple[Running, ...]
     seconds_left: float | None
     """An estimate from the mean of the cases done so far."""
@@ -53,7 +53,8 @@ class Result:
 
     run: store.Run
     records: tuple[Record, ...]
-    kept: int
+    kept: frozenset[str]
+    """Ids of the records that no job of this call made."""
     page: Path
     notes: tuple[str, ...]
 
@@ -74,14 +75,14 @@ def run(path: Path, options: Options, watch: Callable[[Progress], None] = lambda
         _work_through(session, pending_work(session), watch)
         records = tuple(directory.records())
         page = results.render(directory)
-    return Result(directory, records, session.kept, page, tuple(notes))
+    return Result(directory, records, frozenset(session.kept), page, tuple(notes))
 
 
 def pending(path: Path, options: Options) -> tuple[Plan, list[Case]]:
     """The plan, and its cases that `run` would measure now."""
     plan = matrix.load(path)
     directory = store.Run(options.runs / plan.name)
-    return plan, [case for case in chosen(plan, options) if not stands(directory, case, options)]
+    return plan, unmeasured(plan, directory, options)
 
 
 def cancel(directory: store.Run) -> list[str]:
@@ -276,14 +277,14 @@ def _progress(session: Session, active: Sequence[Work]) -> Progress:
     return Progress(
         total=len(session.cases),
         records=tuple(session.done.values()),
-        kept=session.kept,
+        kept=frozenset(session.kept),
         running=running,
         seconds_left=_seconds_left(session),
     )
 
 
 def _seconds_left(session: Session) -> float | None:
-    fresh = len(session.done) - session.kept
+    fresh = len(session.done) - len(session.kept)
     if not fresh:
         return None
     return (time.monotonic() - session.began) / fresh * (len(session.cases) - len(session.done))

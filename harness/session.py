@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import harness
-from harness import backends, boxes, host, launch, schema, store
+from harness import backends, boxes, evidence, host, launch, schema, store
 from harness.errors import HarnessError
 from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
 
@@ -30,6 +30,8 @@ class Options:
     """A shell pattern over case ids; the others are left for another time."""
     retry_failed: bool = False
     keep_artifacts: bool = False
+    have: tuple[Path, ...] = ()
+    """Folders whose run directories' measured records stand for the same cases here."""
 
 
 @dataclass
@@ -81,7 +83,8 @@ class Session:
     recorded: store.Run | None = None
     """The run that is replayed."""
     done: dict[str, Record] = field(default_factory=dict)
-    kept: int = 0
+    kept: set[str] = field(default_factory=set)
+    """Ids of the cases that had a record already, here or elsewhere."""
     began: float = field(default_factory=time.monotonic)
 
     def keep(self, record: Record) -> None:
@@ -212,17 +215,36 @@ def skipped(skip: schema.Skip) -> Record:
 def pending_work(session: Session) -> list[Work]:
     """The work left, in the plan's order; what this host cannot give becomes a skip with its reason."""
     todo: list[Case] = []
+    elsewhere = evidence.below(session.options.have)
+    here = evidence.Place(session.provenance.environments, session.provenance.gpus, session.provenance.cpu)
     for case in session.cases:
-        case_id = schema.case_id(case)
-        record = session.run.record(case_id)
-        if record is not None and stands(session.run, case, session.options):
-            session.done[case_id] = record
-            session.kept += 1
+        if record := _standing(session, case, elsewhere, here):
+            session.done[record.case_id] = record
+            session.kept.add(record.case_id)
         elif reason := _lacking(session, case):
             session.keep(skipped(schema.Skip(case=case, rule="host_lacks_gpus", reason=reason)))
         else:
             todo.append(case)
     return [_work(session, cases) for cases in launch.group(todo)]
+
+
+def _standing(session: Session, case: Case, elsewhere: evidence.Found, here: evidence.Place) -> Record | None:
+    """The record that stands for the case: this run's own, or a copy of one measured elsewhere."""
+    if stands(session.run, case, session.options):
+        return session.run.record(schema.case_id(case))
+    path = evidence.standing(case, elsewhere, here)
+    return session.run.adopt(path) if path else None
+
+
+def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]:
+    """The cases that these options name and that no record stands for, here or elsewhere; starts nothing."""
+    cases = [case for case in chosen(plan, options) if not stands(directory, case, options)]
+    elsewhere = evidence.below(options.have)
+    if not elsewhere:
+        return cases
+    environments = _environments(plan, boxes.get(options.box), _recorded(options))
+    here = evidence.Place(environments, host.gpus()[0], host.cpu_name())
+    return [case for case in cases if not evidence.standing(case, elsewhere, here)]
 
 
 def _lacking(session: Session, case: Case) -> str | None:

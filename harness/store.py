@@ -219,6 +219,12 @@ class Run:
         plan = self.plan()
         return [*plan.cases, *(skip.case for skip in plan.skips)]
 
+    def adopt(self, path: Path) -> Record:
+        """Copy the record at `path` into this run, as it is: its provenance says where it was measured."""
+        record = read_record(path)
+        write_atomically(self.record_path(record.case_id), path.read_text(encoding="utf-8"))
+        return record
+
     def save(self, record: Record) -> None:
         """Write a record for good."""
         write_atomically(self.record_path(record.case_id), record.model_dump_json(indent=1))
@@ -265,6 +271,23 @@ class Run:
                 with open(path, "rb") as source, gzip.open(f"{path}.gz", "wb") as target:
                     shutil.copyfileobj(source, target)
                 path.unlink()
+
+
+def records_below(folder: Path) -> list[Path]:
+    """The files of the records of every run directory at or below `folder`; HarnessError where that is no folder."""
+    if not folder.is_dir():
+        raise HarnessError(f"{folder}: no such folder", "name one that holds run directories, such as reports/")
+    found: list[Path] = []
+    for path, names, _ in os.walk(folder):
+        if "cases" in names:
+            found += sorted(Path(path).glob("cases/*/record.json"))
+            names.clear()  # what else a run directory holds is large and no run
+    return found
+
+
+def read_record(path: Path) -> Record:
+    """The record at `path`; HarnessError where it cannot be read."""
+    return read_value(path, Record, schema.RECORD_VERSION)
 
 
 def glob_escape(text: str) -> str:

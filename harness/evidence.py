@@ -1,0 +1,62 @@
+"""Records measured elsewhere that stand for a case here: the same case, environments and type of device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import schema, store
+from harness.schema import Environment, EnvironmentName, Gpu, Record
+
+Case = schema.TrainCase | schema.ServeCase | schema.ChainCase
+Found = Mapping[str, Sequence[Path]]
+"""Files of records by case id."""
+
+NEEDS: dict[str, tuple[EnvironmentName, ...]] = {"train": ("train",), "serve": ("serve",), "chain": ("train", "serve")}
+"""The environments that a kind of case runs in."""
+OF_A_GPU_OR_CPU = frozenset({"measured", "capped"})
+"""Kinds of number that a device has given; the others are made from them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a number depends on besides its case."""
+
+    environments: tuple[Environment, ...]
+    gpus: tuple[Gpu, ...]
+    cpu: str
+
+    def digests(self, kind: str) -> dict[str, str]:
+        """Of the environments that a case of this kind runs in, by name."""
+        return {item.name: item.digest for item in self.environments if item.name in NEEDS[kind]}
+
+    def devices(self, device: str) -> frozenset[str]:
+        """The types of device that such a case may meet: of all GPUs, or of the processor."""
+        return frozenset(gpu.name for gpu in self.gpus) if device == "cuda" else frozenset({self.cpu})
+
+
+def below(folders: Iterable[Path]) -> dict[str, list[Path]]:
+    """The files of all records at or below `folders`; HarnessError where one of these is no folder."""
+    found: dict[str, list[Path]] = {}
+    for folder in folders:
+        for path in store.records_below(folder):
+            found.setdefault(path.parent.name, []).append(path)
+    return found
+
+
+def standing(case: Case, found: Found, here: Place) -> Path | None:
+    """The latest record among `found` that measured `case` where it would be measured `here`."""
+    paths = [(record.finished_at, path) for path in found.get(schema.case_id(case), ())
+             if _holds(case, record := store.read_record(path), here)]  # fmt: skip
+    return max(paths)[1] if paths else None
+
+
+def _holds(case: Case, record: Record, here: Place) -> bool:
+    of = record.provenance
+    if record.status != "measured" or of is None or of.number_kind not in OF_A_GPU_OR_CPU:
+        return False
+    there = Place(of.environments, of.gpus, of.cpu)
+    digests, devices = here.digests(case.kind), here.devices(case.device)
+    known = len(digests) == len(NEEDS[case.kind]) and bool(devices)
+    return known and there.digests(case.kind) == digests and there.devices(case.device) == devices

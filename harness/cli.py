@@ -44,18 +44,23 @@ def main() -> int:
             print(f"  {error.hint}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nharness: interrupted; finished cases are kept, the same command goes on from here", file=sys.stderr)
-        return 130
+        return _interrupted()
     except Exception as error:
-        return _usage(error)
+        return _interrupted() if type(error).__name__ == "Abort" else _usage(error)
+    if result == 130:  # what typer makes of a KeyboardInterrupt
+        return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    """After Ctrl-C, `cancel` or SIGTERM."""
+    print("\nharness: interrupted; finished cases are kept, the same command goes on from here", file=sys.stderr)
+    return 130
 
 
 def _usage(error: Exception) -> int:
     """What typer's parser refused, shown its way; anything else is our bug and keeps its traceback."""
     show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-    if type(error).__name__ == "Abort":
-        return 130
     if show is None or code is None:
         raise error
     show()

@@ -197,12 +197,18 @@ def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
 
 
 def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:
-    """Write the records of an attempt; where the disk is full, a failed one is left to be made again."""
+    """Write the records of an attempt; one that failed on a full disk is left to be made again.
+
+    Such a job can often not even say why it failed, its log being on the same disk.
+    """
+    failed = any(attempt.diagnosis for attempt in attempts)
     try:
+        if failed and session.run.disk_full():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for case, attempt in zip(work.cases, attempts, strict=True):
             session.keep(_record(session, case, work, attempt))
     except OSError:
-        if any(attempt.diagnosis for attempt in attempts):  # most likely of the same full disk
+        if failed:
             for job in work.jobs:
                 session.run.disown(job.id, work.attempt)
         raise

@@ -25,6 +25,9 @@ T = TypeVar("T", bound=BaseModel)
 PACK_OVER_BYTES = 262_144
 """Event files above this are gzipped once their record stands."""
 
+LEAST_FREE_BYTES = 1_048_576
+"""A disk with less than this free is full: a report takes several times as much."""
+
 
 class RunInfo(schema.Frozen):
     """What binds a run directory: its matrix, and the environments that its numbers come from."""
@@ -228,6 +231,12 @@ class Run:
     def save(self, record: Record) -> None:
         """Write a record for good."""
         write_atomically(self.record_path(record.case_id), record.model_dump_json(indent=1))
+
+    def disk_full(self) -> bool:
+        """Whether the disk of this run has no room worth the name."""
+        disk = os.statvfs(self.folder)
+        blocks = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
+        return blocks * disk.f_frsize < LEAST_FREE_BYTES
 
     # -- jobs
 

@@ -62,7 +62,8 @@ class Local:
         try:
             files.write_ticket(ticket)
         except OSError:
-            self._forget(str(job_dir))  # without the word to go it ends by itself, nothing started
+            self._forget(str(job_dir))
+            process.kill()  # it has no word to go, so nothing started; on a full disk it would wait to say so
             process.wait()
             raise
         with contextlib.suppress(BrokenPipeError):  # somebody killed it: `collect` will say that it is lost

@@ -65,9 +65,9 @@ def serve(job: dict[str, Any]) -> None:
 
 
 def misbehave(step: int) -> None:
-    time.sleep(FAKE["step_s"])
     if step == 1 and FAKE["helper"]:
         subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
+    time.sleep(FAKE["step_s"])
     if step == 1 and FAKE["write_bytes"]:
         with open("large", "wb") as file:
             file.write(b"x" * FAKE["write_bytes"])

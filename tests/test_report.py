@@ -274,6 +274,11 @@ def test_a_capped_case_says_what_fits_and_never_how_fast(named: dict[str, Record
         assert (cell.text, cell.why) == (words.MISSING, "memory capped at 80 GiB: says what fits, never how fast")
     assert cell_of(capped, "train", "Alloc. GiB").text == cell_of(named["gpu"], "train", "Alloc. GiB").text
     assert figures.throughput(entries("run", [capped])) is None
+    assert (verdict(entries("run", [capped])[0])[1], tables.key_number(entries("run", [capped])[0]).text) == (
+        "fits in 80 GiB", "fits in 80 GiB")  # fmt: skip
+    titles = {part.title for part in sections.sections(entries("run", [capped])[0])}
+    assert not titles & {"Step time over steps", "Phases"}
+    assert {"Loss over steps", "Memory by phase and rank"} <= titles
     names = {row.measure.name for row in compared([capped], [capped]).rows}
     assert names == {"peak allocated", "peak reserved", "peak resident growth"}
 

@@ -169,7 +169,14 @@ def verdict(entry: Entry) -> tuple[str, str]:
         diagnosis = record.last.diagnosis if record.last else None
         return "bad", one_line(diagnosis.summary) if diagnosis else "failed, with no diagnosis"
     remarks = [*_train_remarks(entry), *_serve_remarks(entry)]
+    if entry.cap_gib is not None:
+        return ("note" if remarks else "good"), "; ".join([fits(entry.cap_gib), *remarks])
     return ("note", "; ".join(remarks)) if remarks else ("good", "ran as asked")
+
+
+def fits(cap_gib: float) -> str:
+    """What a measured case under a cap says."""
+    return f"fits in {cap_gib:g} GiB"
 
 
 def _train_remarks(entry: Entry) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.report.compare import Compared
-from harness.report.entry import Entry, ReportRun, full_label, number_label, peak_row, place, verdict
+from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, place, verdict
 from harness.report.parts import when
 from harness.report.sections import environment_row
 from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
@@ -164,7 +164,8 @@ def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:
 def _how(row: Entry) -> str:
     case = row.training
     assert case is not None
-    return f"{case.method}, seq {case.seq_len:,}, {place(case)}"
+    held = "" if row.cap_gib is None else f", {fits(row.cap_gib)}"
+    return f"{case.method}, seq {case.seq_len:,}, {place(case)}{held}"
 
 
 def changes(compared: Sequence[Compared]) -> list[Answer]:

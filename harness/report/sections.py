@@ -38,7 +38,7 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     if attempt is not None:
         found += [*_failure(attempt, link), _training_results(entry), _serving_results(entry), _latencies(entry),
                   *_figures(entry, attempt), _memory_table(entry), _ranks(entry, attempt), *_gpus(entry, attempt),
-                  _proof(attempt), _phases(attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
+                  _proof(attempt), _phases(entry, attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
     found += [_case(entry)]
     found += [_provenance(record.provenance), _environments(record.provenance.environments)] if record.provenance \
         else []  # fmt: skip
@@ -187,7 +187,7 @@ def _figures(entry: Entry, attempt: Attempt) -> list[Section | None]:
     if train is None:
         return []
     drawn = [
-        ("Step time over steps", figures.case_steps(ranks, train.warmup_steps), True),
+        ("Step time over steps", None if train.no_speed else figures.case_steps(ranks, train.warmup_steps), True),
         ("Loss over steps", figures.case_loss(ranks, train.warmup_steps), False),
         ("Memory by phase and rank", figures.case_memory(train), False),
     ]
@@ -240,8 +240,9 @@ def _proof(attempt: Attempt) -> Section | None:
     return facts_section("Proof of what ran", [*wrong, *facts], note=note)
 
 
-def _phases(attempt: Attempt) -> Section | None:
-    seen = attempt.observation.train
+def _phases(entry: Entry, attempt: Attempt) -> Section | None:
+    """How long each took; not of a capped case, which says nothing of speed."""
+    seen = attempt.observation.train if entry.cap_gib is None else None
     rows = [(word(name), duration(value)) for name, value in (seen.phases_s if seen else {}).items()]
     return table_section("Phases", ("phase", "took"), rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from harness.report.entry import Entry, peak_row, place
+from harness.report.entry import Entry, fits, peak_row, place
 from harness.report.words import Cell, count, digits, duration, gib, missing, ms, number, one_line, percent, plural
 from harness.schema import ServeCase, TrainCase
 from harness.summary import ServeSummary, TrainSummary
@@ -83,7 +83,8 @@ def mfu(train: TrainSummary) -> Cell:
     found = train.utilisation
     if found is None or found.mfu is None:
         return missing(found.why_not if found and found.why_not else "not measured")
-    return percent(found.mfu)._replace(why=f"of {found.gpu}, {digits(found.model_flops_per_token / 1e9)} GFLOP a token")
+    peak = f"of {found.gpu}'s {digits((found.peak_flops_per_s or 0) / 1e12)} TFLOP/s (dense bf16, data sheet)"
+    return percent(found.mfu)._replace(why=f"{peak}, {digits(found.model_flops_per_token / 1e9)} GFLOP a token")
 
 
 def _output_rate(serve: ServeSummary) -> Cell:
@@ -180,6 +181,8 @@ def key_number(entry: Entry) -> Cell:
     """The one number of a case that a list shows."""
     if entry.record.status != "measured":
         return missing(entry.why_missing)
+    if entry.cap_gib is not None:
+        return Cell(fits(entry.cap_gib), "", entry.cap_gib)
     if entry.train and entry.case.kind == "train":
         cell = number(entry.train.tokens_per_s)
         return cell._replace(text=f"{cell.text} tokens/s") if cell.sort is not None else cell

@@ -272,10 +272,10 @@ class Run:
             ticket.rename(ticket.with_name("ticket.disowned.json"))
 
     def tidy(self, job_id: str, attempt: int) -> None:
-        """After the record stands: drop an attempt's large artifacts and gzip its long event files."""
+        """After the record stands: drop an attempt's large artifacts and gzip its long event and sample files."""
         folder = self.job_dir(job_id, attempt)
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
-        for path in folder.glob("events.rank*.jsonl"):
+        for path in (*folder.glob("events.rank*.jsonl"), *folder.glob("gpu.samples.node*.jsonl")):
             if path.stat().st_size > PACK_OVER_BYTES:
                 with open(path, "rb") as source, gzip.open(f"{path}.gz", "wb") as target:
                     shutil.copyfileobj(source, target)

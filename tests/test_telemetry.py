@@ -183,7 +183,8 @@ VALUES = st.recursive(
 )
 ANY_LINES = st.fixed_dictionaries(
     {"kind": st.sampled_from(["gpus", "sample", "process", "cost", "note", "?"])},
-    optional=dict.fromkeys(("t", "gpus", "slow", "columns", "slow_columns", "gpu", "pid", "own", "name", "text", "cpu_s", "wall_s", "interval_s"), VALUES),
+    optional=dict.fromkeys(("t", "gpus", "slow", "columns", "slow_columns", "gpu", "pid", "own", "name", "text",
+                            "cpu_s", "wall_s", "interval_s"), VALUES),
 )  # fmt: skip
 
 

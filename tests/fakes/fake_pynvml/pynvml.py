@@ -37,6 +37,14 @@ def nvmlInit() -> None:
         raise NVMLError(9)
 
 
+def nvmlShutdown() -> None:
+    """Nothing to let go of."""
+
+
+def nvmlSystemGetDriverVersion() -> str:
+    return "580.0"
+
+
 def nvmlDeviceGetCount() -> int:
     return int(PLAN["gpus"])
 

@@ -120,6 +120,10 @@ def argv(
     command += ["--mamba-ssm-cache-dtype", cache_dtype] if cache_dtype else []
     if case["device"] == "cuda":  # on a CPU that share would be of the host's memory
         command += ["--gpu-memory-utilization", str(case["gpu_memory_utilization"])]
+    else:
+        # With it a long prefill needs the Mamba states at block ends, which vLLM 0.32's CPU kernel does not return:
+        # the engine dies of an IndexError (mamba_mixer2.py, `varlen_states[last_chunk_indices_p]`).
+        command += ["--no-enable-prefix-caching"]
     return command + _lora(served) + _chat(case, variant, parsers)
 
 

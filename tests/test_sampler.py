@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -243,6 +244,31 @@ def test_a_device_sits_where_the_kernel_says(tmp_path: Path) -> None:
     (device / "numa_node").write_text("-1\n")
     assert nvml.host_place("0000:c8:00.0", tmp_path)["numa_node"] is None
     assert nvml.host_place(None, tmp_path) == {"numa_node": None, "near_cpus": None}
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler on PATH: apt-get install gcc")
+def test_the_real_pynvml_is_called_as_its_header_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real bindings over a C library with NVML's signatures and two GPUs, the second one asked for first."""
+    import pynvml
+
+    library, source = tmp_path / "libnvidia-ml.so.1", ROOT / "tests/fakes/nvml.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(Path(pynvml.__file__).parent), str(ROOT))))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1,0")
+    sidecar = sampler.start(2, 0, os.getpid())
+    assert sidecar
+    wait_for_samples(tmp_path, sidecar)
+    sampler.stop(sidecar)
+    found = lines(tmp_path)
+    assert kinds(found, "sample")[0]["gpus"] == [[used, 654.321, 1001, 1002, 0.55, 123456789012] for used in (71, 70)]
+    assert kinds(found, "sample")[0]["slow"] == {"0": [44, 0x40, 7 * 1024, 9 * 1024, [[1, 12345]]]}
+    assert "GPU 1 (GPU-1b) throttles: hardware thermal slowdown." in notes(found)
+    (one,) = telemetry.read("train", [tmp_path], None).gpus[:1]
+    assert (one.index, one.uuid, one.bus, one.total_bytes) == (1, "GPU-1b", "0000:d8:00.0", 1000)
+    assert (one.pcie, one.power_limit_w, one.power_source) == ("gen 4 x8 of gen 5 x16", 700.0, "instant")
+    assert (one.nvlinks, one.near) == ({"gpu 1": 1, "switch": 3}, {"1": "across NUMA nodes"})
 
 
 @pytest.mark.parametrize("name", sorted({*nvml._REFUSALS, *nvml._LOSSES}))

@@ -55,19 +55,20 @@ class Card:
 
     def ask(self, name: str, *arguments: Any) -> Any:
         """The answer of one NVML call, None where there is none; a call that is not supported is made once."""
-        if (name, *arguments) in self._refused:
+        question = (name, *(argument for argument in arguments if isinstance(argument, int | tuple)))  # not a handle
+        if question in self._refused:
             return None
         call = getattr(self._nvml, name, None)
         try:
-            return call(self._handle, *arguments) if call else self._refuse(name, *arguments)
+            return call(self._handle, *arguments) if call else self._refuse(question)
         except self._mismatch:
-            return self._refuse(name, *arguments)
+            return self._refuse(question)
         except self._nvml.NVMLError as error:
             if error.value in self._lost:
                 raise Lost(str(error)) from None
-            return self._refuse(name, *arguments) if error.value in self._never else None
+            return self._refuse(question) if error.value in self._never else None
 
-    def _refuse(self, *question: Any) -> None:
+    def _refuse(self, question: tuple[Any, ...]) -> None:
         self._refused.add(question)
 
     def name(self) -> str:

@@ -49,16 +49,25 @@ def nvmlDeviceGetCount() -> int:
     return int(PLAN["gpus"])
 
 
-def nvmlDeviceGetHandleByIndex(index: int) -> int:
+class Handle:
+    """As a ctypes pointer: nothing to hash or compare."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, index: int) -> None:
+        self.number = index
+
+
+def nvmlDeviceGetHandleByIndex(index: int) -> Handle:
     if index >= PLAN["gpus"]:
         raise NVMLError(NVML_ERROR_INVALID_ARGUMENT)
-    return index
+    return Handle(index)
 
 
-def nvmlDeviceGetHandleByUUID(uuid: str) -> int:
+def nvmlDeviceGetHandleByUUID(uuid: str) -> Handle:
     for index in range(PLAN["gpus"]):
         if uuid == _uuid(index):
-            return index
+            return Handle(index)
     raise NVMLError(NVML_ERROR_NOT_FOUND)
 
 
@@ -115,7 +124,8 @@ _CALLS = {
 
 
 def _guarded(name: str) -> Any:
-    def call(handle: int, *arguments: Any) -> Any:
+    def call(device: Handle, *arguments: Any) -> Any:
+        handle = device.number
         if PLAN["slow_call_s"]:
             until = time.process_time() + PLAN["slow_call_s"]
             while time.process_time() < until:

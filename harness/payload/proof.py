@@ -90,9 +90,14 @@ def _sharding(model: nn.Module) -> dict[str, Any]:
 
 def _kernels(model: nn.Module) -> dict[str, str]:
     """Which package each Mamba function really calls: transformers falls back to torch with only a warning."""
-    namespace = vars(inspect.getmodule(type(base_of(model))))
+    namespace = vars(inspect.getmodule(_own_class(base_of(model))))
     names = ("mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "causal_conv1d_fn")
     return {name: _package(namespace[name]) for name in names if name in namespace}
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class of a module as it was before FSDP2 put its own in front."""
+    return next(kind for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def _package(function: Any) -> str:
@@ -166,7 +171,7 @@ def _optimizer(optimizer: Any) -> dict[str, Any]:
 def _checkpointing(model: nn.Module) -> dict[str, int]:
     """Blocks that can drop their activations, and those that do."""
     blocks = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")
-              and type(module).__name__ == "NemotronHBlock"]  # fmt: skip
+              and _own_class(module).__name__ == "NemotronHBlock"]  # fmt: skip
     return {"blocks": len(blocks), "on": sum(bool(block.gradient_checkpointing) for block in blocks)}
 
 
@@ -269,7 +274,7 @@ def _check_rest(found: dict[str, Any], _: Any, case: dict[str, Any], __: Any) ->
     if optimizer["class"] != OPTIMIZERS[case["optimizer"]] or optimizer["fused"] != fused:
         wrong.append(f"optimizer {case['optimizer']} was asked, but {optimizer['class']} "
                      f"(fused: {optimizer['fused']}) is set")  # fmt: skip
-    if blocks["on"] != (blocks["blocks"] if case["activation_checkpointing"] else 0):
+    if not blocks["blocks"] or blocks["on"] != (blocks["blocks"] if case["activation_checkpointing"] else 0):
         asked = "on" if case["activation_checkpointing"] else "off"
         wrong.append(f"activation checkpointing {asked} was asked, but {blocks['on']} of {blocks['blocks']} have it")
     if (found["compute_dtype"] != "parameters") != autocast(case):

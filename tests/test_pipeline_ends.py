@@ -107,6 +107,17 @@ def test_a_second_run_beside_the_first_is_refused_and_disturbs_nothing(bench: Be
     assert finish(control)[0] == 130
 
 
+def test_a_run_at_work_on_another_host_is_left_alone(bench: Bench) -> None:
+    """On a shared disk the lock tells of a process that has no meaning here."""
+    bench.run(only="*-lora-s64-*")
+    with bench.directory.locked():
+        (bench.directory.folder / "lock").write_text("1 another-node")
+        with pytest.raises(HarnessError, match="another-node"):
+            pipeline.cancel(bench.directory)
+        with pytest.raises(HarnessError, match="another-node"):
+            bench.run()
+
+
 def test_a_killed_control_plane_loses_no_record_and_leaves_nothing_at_work(bench: Bench, harness: Harness) -> None:
     control = start(bench, harness, [("*-full-*", {"step_s": 60, "helper": True})], MIXED)
     wait_for(lambda: len(bench.stamps()) >= 3 and any(bench.directory.jobs_dir.glob("*-full-*/events.rank0.jsonl")))

@@ -1,4 +1,4 @@
-"""Real training and a real server, killed in the middle: finished cases stay, nothing is left at work, a run goes on."""
+"""Real training and a real server, killed in the middle: what stood stays, nothing is left at work, a run goes on."""
 
 from __future__ import annotations
 

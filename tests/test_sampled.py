@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from harness.energy import GpuSummary
 from harness.live import Live, LiveGpu
-from harness.report import parts, sampled, terminal
+from harness.report import parts, sampled, tables, terminal
 from harness.schema import GpuProcess, GpuSeries, GpuSteady
+from harness.summary import ServeSummary, TrainSummary
 
 GIB = 2**30
 
@@ -107,3 +109,10 @@ def test_the_live_view_shows_memory_and_power(gpu: LiveGpu, text: str) -> None:
     out = Console(file=io.StringIO(), width=120)
     out.print(terminal.progress(Now((Running(Named("job"), Live(phase="train", gpus=(gpu, LiveGpu()))),))))  # type: ignore[arg-type]
     assert f"train, {text}" in out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_joules_per_token_are_a_column_where_they_are_known() -> None:
+    gpu = GpuSummary(gpus=2, joules_per_token=1.25, power_mean_w=1200.0, energy_from="counter")
+    cell = tables.joules(TrainSummary(ranks=2, steady_steps=5, warmup_steps=1, gpu=gpu))
+    assert (cell.text, cell.why) == ("1.25", "1,200 W, all GPUs, by counter")
+    assert tables.joules(ServeSummary()).sort is None

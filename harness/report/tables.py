@@ -78,6 +78,16 @@ def _tokens_per_s(train: TrainSummary) -> Cell:
         if train.tokens_per_s is not None else cell  # fmt: skip
 
 
+def joules(half: TrainSummary | ServeSummary) -> Cell:
+    """Joules per token, and the power behind it."""
+    gpu = half.gpu
+    if gpu is None or gpu.joules_per_token is None:
+        return missing("not measured: no telemetry of every GPU over the measured time")
+    return number(gpu.joules_per_token)._replace(
+        why=f"{digits(gpu.power_mean_w or 0)} W, all GPUs, by {gpu.energy_from}"
+    )
+
+
 def mfu(train: TrainSummary) -> Cell:
     """How much of the GPU's peak the training used, or why that is not known."""
     found = train.utilisation
@@ -144,6 +154,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _N,
         Column("MFU", "Model FLOPs utilisation: what the method needs, without recomputation, over the GPU's peak",
                _train(mfu), optional=True),
+        Column("J/token", "Energy of all GPUs over the real tokens of the steady steps", _train(joules), optional=True),
         *_MEMORY,
     ),
     "serve": (
@@ -152,6 +163,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("In / out", "Tokens of a prompt and of an answer",
                _serving(lambda case: Cell(f"{case.input_len} / {case.output_len}", "", case.input_len))),
         *_LATENCIES, _OUTPUT,
+        Column("J/token", "Energy of all GPUs under the load over the generated tokens", _serve(joules), optional=True),
         _FAILED,
     ),
     "chain": (

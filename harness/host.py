@@ -34,7 +34,7 @@ def memory_bytes() -> int:
 
 
 def gpus() -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs in the driver's order, and the driver's version; nothing where there is no driver."""
+    """The GPUs that this process may use, in the driver's order, and the driver's version; none without a driver."""
     import pynvml
 
     try:
@@ -43,9 +43,21 @@ def gpus() -> tuple[tuple[Gpu, ...], str | None]:
         return (), None
     try:
         found = tuple(_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
-        return found, _text(pynvml.nvmlSystemGetDriverVersion())
+        return visible(found, os.environ.get("CUDA_VISIBLE_DEVICES")), _text(pynvml.nvmlSystemGetDriverVersion())
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible(found: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+    """Those of `found` that CUDA_VISIBLE_DEVICES allows, by index or UUID: on a shared host the others are not ours."""
+    if setting is None:
+        return found
+    names = [name.strip() for name in setting.split(",") if name.strip()]
+    return tuple(gpu for gpu in found if any(name == str(gpu.index) or _is_uuid(gpu, name) for name in names))
+
+
+def _is_uuid(gpu: Gpu, name: str) -> bool:
+    return name.startswith("GPU-") and gpu.uuid.startswith(name)
 
 
 def _gpu(nvml: Any, index: int) -> Gpu:

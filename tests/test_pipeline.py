@@ -178,6 +178,15 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(host, "gpus", lambda: (found, "580.0" if found else None))
 
 
+@pytest.mark.parametrize(
+    ("setting", "indexes"),
+    [(None, [0, 1, 2]), ("", []), ("2,0", [0, 2]), ("GPU-1", [1]), (" 1 ", [1]), ("-1", []), ("GPU-9", [])],
+)
+def test_a_gpu_that_the_environment_hides_is_not_ours(setting: str | None, indexes: list[int]) -> None:
+    found = tuple(Gpu(index=n, name="GPU", uuid=f"GPU-{n}abc", total_bytes=2**34) for n in range(3))
+    assert [gpu.index for gpu in host.visible(found, setting)] == indexes
+
+
 def overlap(uses: list[tuple[float, float, str]]) -> list[tuple[str, str]]:
     """Devices of each two jobs that were at work at the same time."""
     return [

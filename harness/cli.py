@@ -268,6 +268,26 @@ def doctor(
 
 
 @app.command()
+def triage(
+    paths: Annotated[list[Path], typer.Argument(help="Log files, folders or archives of them, Flight Recorder dumps.")],
+    as_json: Json = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page to this file.")] = None,
+) -> int:
+    """Say what failed in any logs, who began it, the lines that show it, and what to change first."""
+    from harness import triage as logs
+    from harness.report import triage as views
+
+    found = logs.triage(paths)
+    if html is not None:
+        views.write_page(found, html)
+    if as_json:
+        _print_json(logs.as_json(found))
+    else:
+        _show(*views.terminal(found))
+    return 0 if found.failure_class == "no_failure" else 1
+
+
+@app.command()
 def cancel(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: Json = False) -> None:
     """End a run and everything it started; finished cases are kept."""
     from harness import pipeline, store

@@ -85,9 +85,10 @@ def _str(value: Any) -> str:
 def _holds(signature: Signature, fields: Mapping[str, str]) -> bool:
     if signature.phase and fields["phase"] not in signature.phase:
         return False
-    if signature.context and not signature.context.search(fields["traceback"]):
+    if not signature.suits(fields["traceback"]):
         return False
-    return any(place != "log" and signature.pattern.search(fields[place]) for place in signature.where)
+    places = [fields[place] for place in signature.where if place != "log"]
+    return any(signature.pattern.search(place) and signature.holds_for(place) for place in places)
 
 
 def _quoted(signature: Signature | None, fields: Mapping[str, str]) -> str:
@@ -114,6 +115,8 @@ def in_log(log_text: str) -> list[Hit]:
         for index in _matches(signature, lines):
             if index not in taken:
                 taken.add(index)
+                if signature.role == "advice":
+                    continue
                 hits.append(_log_hit(signature, lines[index], index))
                 break
     return sorted(hits, key=lambda hit: hit.at)
@@ -127,7 +130,8 @@ def _matches(signature: Signature, lines: Sequence[Line]) -> Iterator[int]:
         if not signature.pattern.search(text) or _SOURCE.search(text):
             continue
         looked_at += 1
-        if not signature.context or signature.context.search(_traceback_before(lines, index)):
+        around = _traceback_before(lines, index) if signature.also or signature.unless else ""
+        if signature.suits(around) and signature.holds_for(text):
             yield index
         if looked_at == MAX_MATCHES:
             return

@@ -7,12 +7,18 @@ A file is a list. Each entry:
 | class | a name of the taxonomy |
 | any | regular expressions, one of which stands in what is looked at; taken from what the libraries print |
 | with | further ones, of which one must stand in the same traceback (for a log: the lines before) |
+| unless | further ones, of which none may stand there |
+| when | the name of a check of the line's numbers (`checks.py`) that must hold |
 | phase | phases of the payload in one of which an `error` event must have happened |
 | where | type, message, traceback (of an `error` event), log; default: message, type, log |
-| role | initiating (default), cascade, teardown |
+| role | initiating (default), cascade, teardown, advice (what healthy runs print too) |
+| kernel | true: the kernel's, driver's or scheduler's own word, which comes before any program's |
+| weak | true: counts only where nothing better is found |
 | culprit | rank (default): whoever reports it first; none: it is no rank's own doing |
-| summary | one sentence; `{...}` names a value of the case |
-| next | what to change first: the first of these lines whose values the case has (an exhausted rung has none) |
+| summary | one sentence; `{...}` names a value of the case; default: that of the class |
+| next | what to change first: the first of these lines whose values the case has; default: those of the class |
+
+What a class means for a log that is not ours stands in `classes.yaml`.
 
 The first entry that holds wins, in the order of file names and entries: the narrower stands before the wider.
 """
@@ -22,15 +28,35 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from harness.schema import Frozen, Role
+from harness.triage import checks
 
 FOLDER = Path(__file__).parent / "signatures"
+CLASSES = Path(__file__).parent / "classes.yaml"
 Where = Literal["type", "message", "traceback", "log"]
+
+
+class Kind(Frozen):
+    """A class of failure as it is told to a person who brings any log."""
+
+    summary: str
+    culprit: Literal["rank", "gpu", "host", "none"]
+    spoken_of: bool = False
+    rung: str | None = None
+    next: tuple[str, ...] = Field(min_length=1)
+    why: str
+    cost: str
+
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """All classes of the taxonomy by name."""
+    return {name: Kind.model_validate(entry) for name, entry in YAML(typ="safe").load(CLASSES).items()}
 
 
 class Signature(Frozen):
@@ -39,14 +65,24 @@ class Signature(Frozen):
     failure_class: str = Field(alias="class")
     any: tuple[str, ...] = Field(min_length=1)
     also: tuple[str, ...] = Field((), alias="with")
+    unless: tuple[str, ...] = ()
+    when: Literal["foreign_memory"] | None = None
     phase: tuple[str, ...] = ()
     where: tuple[Where, ...] = ("message", "type", "log")
     role: Role = "initiating"
+    kernel: bool = False
+    weak: bool = False
     culprit: Literal["rank", "none"] = "rank"
     summary: str
     next: tuple[str, ...] = Field(min_length=1)
 
-    @field_validator("any", "also")
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_class(cls, entry: dict[str, Any]) -> dict[str, Any]:
+        kind = kinds().get(entry["class"])
+        return ({"summary": kind.summary, "next": kind.next} | entry) if kind else entry
+
+    @field_validator("any", "also", "unless")
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
@@ -62,6 +98,21 @@ class Signature(Frozen):
     def context(self) -> re.Pattern[str] | None:
         """`with` as one expression."""
         return re.compile("|".join(f"(?:{one})" for one in self.also)) if self.also else None
+
+    @functools.cached_property
+    def excluded(self) -> re.Pattern[str] | None:
+        """`unless` as one expression."""
+        return re.compile("|".join(f"(?:{one})" for one in self.unless)) if self.unless else None
+
+    def suits(self, traceback: str) -> bool:
+        """Whether what stands around a match lets it count."""
+        if self.context and not self.context.search(traceback):
+            return False
+        return not (self.excluded and self.excluded.search(traceback))
+
+    def holds_for(self, text: str) -> bool:
+        """Whether the numbers of the line let a match count."""
+        return self.when is None or checks.CHECKS[self.when](text)
 
 
 @functools.cache

@@ -1,0 +1,133 @@
+"""Who began it: the rank, host or GPU that the evidence names, or nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harness.schema import ClaimStatus, Culprit
+from harness.triage.gather import Event, Facts
+from harness.triage.signature import kinds
+
+CLEARLY_FIRST_S = 1.0
+"""By how much a rank must be ahead of the others before it, and not all, counts as the first."""
+_PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Who, and how sure."""
+
+    culprit: Culprit | None = None
+    status: ClaimStatus = "unknown"
+
+
+NOBODY = Blame()
+
+
+def for_event(first: Event, same: Sequence[Event], files: Sequence[Facts]) -> Blame:
+    """Who began what `first` tells; `same` are all events of its class."""
+    kind = kinds()[first.failure_class].culprit
+    spoken = set().union(*(facts.ranks for facts in files)) if files else set()
+    rank = _first_rank(same, spoken)
+    if kind == "none" or (first.signature and first.signature.culprit == "none" and kind == "rank"):
+        if rank is None or len(spoken) < 2 or len({one.who.rank for one in same}) > 1:
+            return NOBODY
+        return Blame(Culprit(rank=rank, host=first.who.host), "supported")
+    if kind == "host":
+        return _host(same)
+    if rank is None:
+        rank = _from_table(first, files)
+    gpu = _one({one.gpu for one in same if one.gpu}) if kind == "gpu" or first.gpu else None
+    host = _one({one.who.host for one in same if one.who.host})
+    if rank is None and gpu is None:
+        return NOBODY
+    sure: ClaimStatus = "established" if len(spoken) > 1 or (gpu and kind == "gpu") else "supported"
+    return Blame(Culprit(rank=rank, host=host, gpu=gpu), sure)
+
+
+def _one(values: set[str | None]) -> str | None:
+    return values.pop() if len(values) == 1 else None
+
+
+def _host(same: Sequence[Event]) -> Blame:
+    host = _one({one.who.host for one in same if one.who.host})
+    return Blame(Culprit(host=host), "supported") if host else NOBODY
+
+
+def _first_rank(same: Sequence[Event], spoken: set[int]) -> int | None:
+    """The only rank that reports it, or the one that does so clearly first; none where ranks fail alike."""
+    ranks = {one.who.rank for one in same if one.who.rank is not None}
+    if len(ranks) < 2:
+        return next(iter(ranks), None)
+    times: dict[int, float] = {}
+    for one in same:
+        if one.t is not None and one.who.rank is not None:
+            times[one.who.rank] = min(one.t, times.get(one.who.rank, one.t))
+    if len(times) < len(ranks):
+        return None
+    ordered = sorted(times, key=lambda rank: times[rank])
+    return ordered[0] if times[ordered[1]] - times[ordered[0]] >= CLEARLY_FIRST_S else None
+
+
+def _from_table(first: Event, files: Sequence[Facts]) -> int | None:
+    """The rank that torchrun saw fail first, where it fits: no rank is named by the lines themselves."""
+    tables = [table for facts in files for table in facts.tables if table[5] == facts.attempts]
+    return tables[-1][0] if tables and len({table[0] for table in tables}) == 1 else None
+
+
+def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
+    """The rank that torchrun saw fail first, else the host that survivors name; never who prints."""
+    for facts in files:
+        for rank, code, host, _, _, attempt in facts.tables:
+            if attempt == facts.attempts and code not in (None, 0, -15, 1, -6):
+                return Blame(Culprit(rank=rank, host=host), "established")
+    hosts = {found["host"] for one in events if (found := _PEER.search(one.text))}
+    local = {int(found[1]) for one in events if (found := re.search(r"closed by localRank (\d{1,6})", one.text))}
+    if len(hosts) == 1:
+        return Blame(Culprit(host=hosts.pop()), "supported")
+    return Blame(Culprit(rank=local.pop()), "hypothesis") if len(local) == 1 else NOBODY
+
+
+def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
+    """The rank that stayed behind: fewest collectives completed, the only one without a time-out, or silent first."""
+    completed = {rank: number for facts in files for rank, number in facts.completed.items()}
+    if len(completed) > 1:
+        least = min(completed.values())
+        behind = [rank for rank, number in completed.items() if number == least]
+        if len(behind) == 1 and len(completed) > 2:
+            return Blame(Culprit(rank=behind[0]), "supported")
+    waiting = {one.who.rank for one in events if one.who.rank is not None}
+    spoken: set[int] = set().union(*(facts.ranks for facts in files)) if files else set()
+    world = max((facts.world or 0 for facts in files), default=0)
+    everyone = set(range(world)) if 1 < world <= 4096 else spoken
+    absent = everyone - waiting
+    if len(waiting) >= 1 and len(absent) == 1:
+        return Blame(Culprit(rank=absent.pop()), "supported")
+    rank = silent(files)
+    return Blame(Culprit(rank=rank), "supported") if rank is not None else NOBODY
+
+
+def stopped_early(files: Sequence[Facts]) -> list[int]:
+    """Ranks whose marks of progress stop before those of most others, in the last attempt."""
+    last: dict[int, tuple[int, int]] = {}
+    for facts in files:
+        for rank, mark in facts.marks.items():
+            if rank >= 0 and mark.attempt == facts.attempts:
+                last[rank] = (mark.step, mark.line if len(files) == 1 else 0)
+    if len(last) < 2:
+        return []
+    steps = sorted(step for step, _ in last.values())
+    common = max(set(steps), key=steps.count)
+    odd = [rank for rank, (step, _) in last.items() if step != common]
+    return sorted(odd) if 0 < len(odd) < len(last) / 2 or (len(last) == 2 and len(odd) == 1) else []
+
+
+def silent(files: Sequence[Facts]) -> int | None:
+    """The one rank that fell silent before the others, if there is exactly one."""
+    odd = stopped_early(files)
+    if len(odd) != 1:
+        return None
+    steps = {rank: mark.step for facts in files for rank, mark in facts.marks.items() if rank >= 0}
+    return odd[0] if all(steps[odd[0]] < step for rank, step in steps.items() if rank != odd[0]) else None

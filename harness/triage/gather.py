@@ -1,0 +1,293 @@
+"""One file's lines -> what they say: events (matched signatures), exceptions, marks of progress, ends, numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from harness.schema import Role
+from harness.scrub import scrub
+from harness.triage import vocabulary as words
+from harness.triage.numbers import numbers_in
+from harness.triage.sieve import Kept
+from harness.triage.signature import Signature, kinds, signatures
+
+MAX_FRAMES = 240
+MAX_EVENTS_PER_SIGNATURE = 64
+MAX_LINE_CHARS = 4_000
+QUOTE_CHARS = 400
+LAST_LINES = 12
+
+_SPLIT = re.compile(r"\r|\x1b\[[0-9;?]{0,20}[A-Za-z]|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)")
+_SOURCE = re.compile(
+    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\(|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#"
+)
+_FAILED_FIRST = re.compile(r"first observed failure")
+_TABLE_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6})\b")
+_TABLE_HOST = re.compile(r"\bhost\s*:\s*([\w.-]{1,200})")
+_TABLE_EXIT = re.compile(r"\bexitcode\s*:\s*(-?\d{1,3})\b")
+_SUM = re.compile(r"(?:SeqNum=(?P<seq>\d+), OpType=(?P<op>\w+)(?:, NumelIn=(?P<n>\d+))?)")
+_WORK = re.compile(
+    r"last enqueued(?: NCCL)? work: (?P<enqueued>-?\d+), last completed(?: NCCL)? work: (?P<completed>-?\d+)"
+)
+_SIZED = re.compile(r"\b(?:element|numel|count|shape|size|length|len)s?\b", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line that matched, or an exception that no signature knows."""
+
+    failure_class: str
+    role: Role
+    signature: Signature | None
+    file: str
+    line: int
+    text: str
+    who: words.Who
+    gpu: str | None
+    t: float | None
+    attempt: int
+    kind: str = ""
+    """The exception's type; empty where it is no exception."""
+
+
+@dataclass
+class Mark:
+    """The last sign of progress of one rank."""
+
+    step: int
+    line: int
+    text: str
+    t: float | None
+    attempt: int
+
+
+@dataclass
+class Facts:
+    """All that is kept of one file; its size does not grow with the file's."""
+
+    file: str
+    events: list[Event] = field(default_factory=list)
+    marks: dict[int, Mark] = field(default_factory=dict)
+    last_work: dict[int, tuple[int, int, str]] = field(default_factory=dict)
+    """Sequence number, elements and operation of the last collective that each rank names as failed."""
+    completed: dict[int, int] = field(default_factory=dict)
+    tables: list[tuple[int, int | None, str | None, int, str, int]] = field(default_factory=list)
+    """Rank, exit code, host, line, text, attempt: what torchrun saw fail first."""
+    good_ends: list[tuple[int, str, int]] = field(default_factory=list)
+    serving: list[tuple[int, str, int]] = field(default_factory=list)
+    health: list[tuple[int, str]] = field(default_factory=list)
+    numbers: dict[str, str] = field(default_factory=dict)
+    ranks: set[int] = field(default_factory=set)
+    world: int | None = None
+    nccl_ranks: dict[str, int] = field(default_factory=dict)
+    sized: dict[str, dict[int, tuple[str, int, str]]] = field(default_factory=dict)
+    """Sentences with a size in them: template -> rank -> size, line, text."""
+    crashes: list[Event] = field(default_factory=list)
+    telling: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    total: tuple[int, int] | None = None
+    attempts: int = 1
+    last_line: int = 0
+
+
+class Gatherer:
+    """Takes the kept lines of one file in order; `facts` is what they say."""
+
+    def __init__(self, file: str, rank: int | None = None, host: str | None = None) -> None:
+        self.facts = Facts(file)
+        self._rank, self._host = rank, host
+        self._frames: dict[str, deque[str]] = {}
+        self._phase = ""
+        self._t: float | None = None
+        self._counts: dict[int, int] = {}
+        self._begun = False
+        self._after_frame = False
+        self._table: dict[str, str] | None = None
+
+    def take_all(self, kept: Iterable[Kept]) -> Facts:
+        """All lines, and what became of them."""
+        for number, line in kept:
+            self.take(number, line)
+        self._close_table()
+        return self.facts
+
+    def take(self, number: int, line: bytes) -> None:
+        """One line; ranks that share it are told apart."""
+        text = line.decode("utf-8", "replace")
+        for piece in _SPLIT.split(text[: 4 * MAX_LINE_CHARS]):
+            if piece and not piece.isspace():
+                self._piece(number, piece[:MAX_LINE_CHARS])
+
+    def _piece(self, number: int, text: str) -> None:
+        facts = self.facts
+        facts.last_line = number
+        speaker = words.who(text, self._rank, self._host)
+        self._t = words.time_of(text) or self._t
+        if speaker.rank is None and speaker.key in facts.nccl_ranks:
+            speaker = words.Who(speaker.key, facts.nccl_ranks[speaker.key], speaker.host, speaker.gpu)
+        if speaker.rank is not None:
+            facts.ranks.add(speaker.rank)
+        if self._is_frame(text, speaker):
+            return
+        self._table_line(number, text)
+        self._progress(number, text, speaker)
+        if not _SOURCE.search(text):
+            facts.numbers |= numbers_in(text)
+            self._event(number, text, speaker)
+
+    # ------------------------------------------------------------ tracebacks
+
+    def _is_frame(self, text: str, speaker: words.Who) -> bool:
+        """Whether the line belongs to a traceback's body, which is kept as context and says nothing by itself."""
+        if self._after_frame:
+            self._after_frame = False
+            if not words.EXCEPTION.search(text) and not words.FRAME.search(text):
+                self._stack(speaker).append(text[:300])
+                return True
+        if words.FRAME.search(text):
+            self._stack(speaker).append(text[:500])
+            self._after_frame = 'File "' in text
+            return not words.EXCEPTION.search(text)
+        if words.TRACEBACK.search(text):
+            self._frames.pop(speaker.key, None)
+        return False
+
+    def _stack(self, speaker: words.Who) -> deque[str]:
+        if len(self._frames) > 2_000:
+            self._frames.clear()
+        return self._frames.setdefault(speaker.key, deque(maxlen=MAX_FRAMES))
+
+    def _context(self, text: str, speaker: words.Who) -> str:
+        frames = self._frames.get(speaker.key) or ()
+        return "\n".join([*(frames or (self._phase,)), text])
+
+    # ------------------------------------------------------------ events
+
+    def _event(self, number: int, text: str, speaker: words.Who) -> None:
+        found = self._signature(text, speaker)
+        raised = words.EXCEPTION.search(text)
+        if found is not None:
+            if found.role == "advice":
+                return
+            self._keep(self._made(found, found.failure_class, found.role, number, text, speaker, raised))
+        elif raised and not raised["type"].endswith(("Exit",)):
+            self._keep(self._made(None, "app_exception", "initiating", number, text, speaker, raised))
+        elif words.CRASH.search(text):
+            self.facts.crashes.append(self._made(None, "app_exception", "initiating", number, text, speaker, None))
+            del self.facts.crashes[16:]
+        elif "rror" in text or "FAILED" in text or "WARN" in text or "fatal" in text:
+            self.facts.telling.append((number, quote(text)))
+        if raised:
+            self._frames.pop(speaker.key, None)
+
+    def _signature(self, text: str, speaker: words.Who) -> Signature | None:
+        context: str | None = None
+        calm = words.CALM.search(text) is not None and not words.EXCEPTION.search(text) and "NCCL WARN" not in text
+        for index, signature in _in_logs():
+            if calm and signature.role == "initiating" and kinds()[signature.failure_class].spoken_of:
+                continue
+            if not signature.pattern.search(text) or not signature.holds_for(text):
+                continue
+            if signature.also or signature.unless:
+                context = self._context(text, speaker) if context is None else context
+                if not signature.suits(context):
+                    continue
+            count = self._counts[index] = self._counts.get(index, 0) + 1
+            return signature if count <= MAX_EVENTS_PER_SIGNATURE else _SPENT
+        return None
+
+    def _made(self, signature: Signature | None, failure_class: str, role: Role, number: int, text: str,
+              speaker: words.Who, raised: re.Match[str] | None) -> Event:  # fmt: skip
+        at = signature.pattern.search(text) if signature else raised
+        return Event(failure_class, role, signature, self.facts.file, number, quote(text, at.start() if at else 0), speaker,
+                     words.gpu_of(text) or speaker.gpu, self._t, self.facts.attempts, raised["type"] if raised else "")  # fmt: skip
+
+    def _keep(self, event: Event) -> None:
+        self._begun = True
+        if len(self.facts.events) < 4_000:
+            self.facts.events.append(event)
+
+    # ------------------------------------------------------------ progress, ends, tables
+
+    def _progress(self, number: int, text: str, speaker: words.Who) -> None:
+        facts = self.facts
+        if words.START.search(text) and self._begun:
+            facts.attempts += 1
+            self._begun = False
+        if phase := words.PHASE.search(text):
+            self._phase = phase[0]
+        if nccl := words.NCCL_RANK.search(text):
+            facts.world = max(facts.world or 0, int(nccl["world"]))
+            facts.nccl_ranks.setdefault(speaker.key, int(nccl["rank"]))
+        if words.GOOD_END.search(text):
+            facts.good_ends.append((number, quote(text), facts.attempts))
+            del facts.good_ends[:-8]
+        if words.SERVING.search(text):
+            facts.serving.append((number, quote(text), facts.attempts))
+            del facts.serving[1:-8]
+        if words.HEALTHY.search(text):
+            facts.health.append((number, quote(text)))
+            del facts.health[8:]
+        self._mark(number, text, speaker)
+        self._works(text, speaker)
+
+    def _mark(self, number: int, text: str, speaker: words.Who) -> None:
+        facts = self.facts
+        if found := words.MARK.search(text):
+            step = int(found["step"] or found["bar"])
+            if whole := words.TOTAL.search(text, found.start()):
+                facts.total = (int(whole["step"]), int(whole["of"]))
+            facts.marks[-1 if speaker.rank is None else speaker.rank] = Mark(
+                step, number, quote(text), self._t, facts.attempts
+            )
+        elif speaker.rank is not None and _SIZED.search(text) and len(facts.sized) < 200:
+            template = _NUMBER.sub("#", text)
+            of_rank = facts.sized.setdefault(template, {})
+            sizes = [one for one in _NUMBER.findall(text) if int(one[:18]) != speaker.rank]
+            of_rank.setdefault(speaker.rank, (",".join(sizes), number, quote(text)))
+
+    def _works(self, text: str, speaker: words.Who) -> None:
+        if speaker.rank is None:
+            return
+        if work := _SUM.search(text):
+            self.facts.last_work[speaker.rank] = (int(work["seq"]), int(work["n"] or 0), work["op"])
+        if done := _WORK.search(text):
+            self.facts.completed[speaker.rank] = int(done["completed"])
+
+    def _table_line(self, number: int, text: str) -> None:
+        if _FAILED_FIRST.search(text):
+            self._close_table()
+            self._table = {}
+        if self._table is None:
+            return
+        for name, form in (("rank", _TABLE_RANK), ("host", _TABLE_HOST), ("exit", _TABLE_EXIT)):
+            if found := form.search(text):
+                self._table.setdefault(name, found[1])
+                if name == "exit":
+                    self._table |= {"line": str(number), "text": quote(text)}
+
+    def _close_table(self) -> None:
+        table, self._table = self._table, None
+        if table and "rank" in table:
+            code = int(table["exit"]) if "exit" in table else None
+            self.facts.tables.append((int(table["rank"]), code, table.get("host"), int(table.get("line", 0)),
+                                      table.get("text", ""), self.facts.attempts))  # fmt: skip
+
+
+_IN_LOGS: list[tuple[int, Signature]] = []
+_SPENT = Signature.model_validate({"class": "no_failure", "any": ["x"], "role": "advice"})
+
+
+def _in_logs() -> list[tuple[int, Signature]]:
+    if not _IN_LOGS:
+        _IN_LOGS.extend((index, one) for index, one in enumerate(signatures()) if "log" in one.where)
+    return _IN_LOGS
+
+
+def quote(text: str, at: int = 0) -> str:
+    """The part of a line that a person should read, from its start or, in a long one, from shortly before `at`."""
+    start = max(0, at - QUOTE_CHARS // 4) if at > QUOTE_CHARS - 100 else 0
+    return scrub(text[start : start + QUOTE_CHARS]).strip()

@@ -1,0 +1,164 @@
+"""Paths that a person gives -> streams of bytes: files, folders, compressed ones and archives, bounded in size.
+
+Nothing is unpacked to disk, no link is followed out of a folder, and what is inside an archive is read as it comes.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from harness.errors import HarnessError
+from harness.triage.sieve import BLOCK_BYTES
+
+MAX_FILES = 20_000
+MAX_MEMBERS = 5_000
+MAX_UNPACKED_BYTES = 4 << 30
+"""What one compressed file may unpack to; the rest is not read, and that is said."""
+_START_BYTES = 4_096
+_BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, ValueError)
+
+_RANK_IN_NAME = re.compile(
+    r"(?:attempt_\d+/(?P<a>\d{1,6})/|(?:^|[/._-])rank[_.-]?(?P<b>\d{1,6})(?=[._/-]|$)|/(?P<c>\d{1,6})/std(?:err|out)|std(?:err|out)\.(?P<d>\d{1,6})$"
+    r"|_r(?P<e>\d{1,6})(?=\.)|(?:events|trace|dump|nccl_trace_rank_)\.?rank(?P<f>\d{1,6}))"
+)
+_HOST_IN_NAME = re.compile(
+    r"(?:^|[/._-])(?P<host>(?:node|host|worker|gpu|ip|nid|pod)-?[\w-]{0,60}\d[\w-]{0,40})(?=[./]|$)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to read: how it is called in evidence, and its bytes in blocks."""
+
+    name: str
+    open: Callable[[], IO[bytes]]
+    size_bytes: int
+
+    @property
+    def rank(self) -> int | None:
+        """The rank whose file it is, as its name says."""
+        found = None
+        for found in _RANK_IN_NAME.finditer(self.name):
+            pass
+        return int(next(group for group in found.groups() if group)) if found else None
+
+    @property
+    def host(self) -> str | None:
+        """The host whose file it is, as its name says."""
+        found = _HOST_IN_NAME.search(self.name)
+        return found["host"] if found else None
+
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes, a few megabytes at a time; a damaged end is as if the file ended there."""
+        left = MAX_UNPACKED_BYTES
+        try:
+            with closing(self.open()) as file:
+                while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
+                    left -= len(block)
+                    yield block
+        except _BROKEN:
+            return
+
+
+def sources(paths: Sequence[Path]) -> Iterator[Source]:
+    """Everything under `paths` that may be a log, in the order of names; HarnessError for a path that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise HarnessError(f"{path}: no such file or folder", "Give log files, or a folder that holds them.")
+        base = path if path.is_dir() else path.parent
+        for index, file in enumerate(_files(path)):
+            if index >= MAX_FILES:
+                break
+            name = str(file.relative_to(base)) if path.is_dir() else file.name
+            yield from _opened(name, file)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    for folder, folders, names in os.walk(path, followlinks=False):
+        folders.sort()
+        for name in sorted(names):
+            file = Path(folder) / name
+            if file.is_file() and not file.is_symlink():
+                yield file
+
+
+def _opened(name: str, file: Path) -> Iterator[Source]:
+    try:
+        with open(file, "rb") as start:
+            head = start.read(_START_BYTES)
+        size = file.stat().st_size
+    except OSError as error:
+        raise HarnessError(f"{file}: {error.strerror}", "Make it readable, or leave it out.") from error
+    unpack = _unpacker(head)
+    if _is_tar(file, unpack, head):
+        yield from _members(name, file)
+    else:
+        yield Source(name, (lambda: unpack(file)) if unpack else (lambda: open(file, "rb")), size)
+
+
+def _unpacker(head: bytes) -> Callable[[Path], IO[bytes]] | None:
+    if head.startswith(b"\x1f\x8b"):
+        return lambda path: gzip.open(path, "rb")  # type: ignore[return-value]
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return lambda path: lzma.open(path, "rb")
+    if head.startswith(b"BZh"):
+        return lambda path: bz2.open(path, "rb")
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return _zstd
+    return None
+
+
+def _zstd(path: Path) -> IO[bytes]:
+    try:
+        from compression import zstd  # type: ignore[import-not-found]
+    except ImportError:
+        raise HarnessError(f"{path}: Python {os.sys.version_info.major}.{os.sys.version_info.minor} cannot unpack zstd",  # type: ignore[attr-defined]
+                           f"Unpack it first: zstd -d {path}") from None  # fmt: skip
+    return zstd.open(path, "rb")  # type: ignore[no-any-return]
+
+
+def _is_tar(file: Path, unpack: Callable[[Path], IO[bytes]] | None, head: bytes) -> bool:
+    try:
+        if unpack is not None:
+            with closing(unpack(file)) as inside:
+                head = inside.read(_START_BYTES)
+    except _BROKEN:
+        return False
+    return head[257:262] == b"ustar"
+
+
+def _members(name: str, file: Path) -> Iterator[Source]:
+    """The files inside an archive, each read whole within a bound when its turn comes."""
+    left = MAX_UNPACKED_BYTES
+    try:
+        with tarfile.open(file, "r|*") as archive:
+            for index, member in enumerate(archive):
+                if index >= MAX_MEMBERS or left <= 0:
+                    return
+                opened = archive.extractfile(member) if member.isfile() else None
+                if opened is None:
+                    continue
+                content = opened.read(min(left, MAX_MEMBER_BYTES))
+                left -= len(content)
+                yield Source(f"{name}/{member.name}", (lambda content=content: io.BytesIO(content)), len(content))  # type: ignore[misc]
+    except _BROKEN:
+        return
+
+
+MAX_MEMBER_BYTES = 256 << 20
+"""Of one file inside an archive, which is held in memory while it is read."""

@@ -1,0 +1,141 @@
+"""What lines of a log say besides failures: who speaks, when, where a program is, how far it came, how it ended."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FRAME = re.compile(r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\(')
+TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
+EXCEPTION = re.compile(
+    r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit|Failure|Failed|Timeout))"
+    r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
+)
+CRASH = re.compile(
+    r"Segmentation fault|SIGSEGV|core dumped|Fatal Python error|terminate called after throwing|Caught signal \d+"
+    r"|exitcode\s*: -(?:6|11|7|8|4)\b|\bexit code (?:139|134)\b|signal 11\b|\bSIGABRT\b|Aborted \("
+)
+PHASE = re.compile(
+    r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training|Evaluation|Prediction)"
+    r"|Saving model checkpoint to|[Cc]apturing CUDA graph|[Cc]apture cuda graph|[Ss]tarting profile run"
+)
+START = re.compile(
+    r"will restart worker group|torchrun restart|Requeue[d]?\b|REQUEUED"
+    r"|vLLM API server version|Restarting (?:the )?(?:job|training|workers)|={3,} ?(?:attempt|Attempt|ATTEMPT|restart) ?#?\d"
+    r"|Setting OMP_NUM_THREADS environment variable for each process|^\+ (?:torchrun|accelerate launch|srun|deepspeed|vllm serve)\b"
+    r"|Starting elastic_operator with launch configs|server_args=ServerArgs"
+)
+MARK = re.compile(
+    r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b"
+    r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
+)
+TOTAL = re.compile(r"(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
+GOOD_END = re.compile(
+    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
+    r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All|all (?:ranks|tests|workers)) "
+    r"(?:is |has |was |run |job |ranks |tests )?(?:complete|completed|COMPLETED?|finished|done|succeeded|successful|successfully|passed|ended (?:normally|successfully))\b"
+    r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code|status):? ?0\b|\(code=0\)"
+    r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|exiting with code 0"
+    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish|[Mm]odel saved (?:to|in|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
+)
+SERVING = re.compile(
+    r"Application startup complete|Application shutdown complete|Uvicorn running on|The server is fired up|HTTP/[12][.\d]{0,2}\" [24]\d\d"
+)
+HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Init COMPLETE|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
+CALM = re.compile(
+    r"(?:^|[\s\[(|])(?:INFO|DEBUG|WARNING|WARN|NOTICE|info|warning)\b(?!\S*[Ee]rror)|\w*Warning: |--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
+)
+"""Ordinary messages, settings and command lines."""
+NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
+
+PATTERNS = (
+    r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout", "Segmentation fault",
+    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal", "exitcode", "signal 11",
+    "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running", "Saving model checkpoint",
+    "CUDA graph", "cuda graph", "profile run", "restart", "equeue", "REQUEUE", "API server version", "Restart", "ttempt",
+    "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs", "[Ss]tep", "STEP",
+    "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete", "COMPLETE",
+    "finished", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values", "Avg bus bandwidth",
+    "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
+    r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :", "first observed failure",
+    "mbatch", "micro_batch", "batch_size", "batch size", "max_length", "max_seq", "cutoff_len", "max_model_len",
+    "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation", "learning_rate",
+    r"\[rank", r"\[default", "heartbeat", "elements", "numel", "Numel", "FAILED", "Failed", "WARN", "FATAL", "fatal", "Xid",
+)  # fmt: skip
+"""Literals of all the above (and of `numbers`), as patterns that `anchors` can read."""
+
+
+@dataclass(frozen=True)
+class Who:
+    """Whoever a line says it is from; any part may be unknown."""
+
+    key: str = ""
+    """What tells this speaker's lines from others' in one file."""
+    rank: int | None = None
+    host: str | None = None
+    gpu: str | None = None
+
+
+_RANK = re.compile(
+    r"\[(?:rank|default|Rank |RANK )(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
+    r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
+    r"|\[\d{1,4},(?P<g>\d{1,6})\]<std|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
+)
+_PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.:a-f]{3,45}))?\)")
+_NCCL = re.compile(r"(?P<host>[\w.-]{1,200}):(?P<pid>\d{1,9}):\d{1,9} \[(?P<gpu>\d{1,3})\] ")
+_HOST = re.compile(
+    r"\[pod/(?P<a>[\w.-]{1,200})/|srun: error: (?P<b>[\w.-]{1,200}): task|\bON (?P<c>[\w.-]{1,200}) CANCELLED"
+    r"|^(?P<d>[\w.-]*[a-zA-Z][\w.-]*\d[\w.-]*): (?=\S)|^[A-Z][a-z]{2} [ \d]\d [\d:]{8} (?P<e>[\w.-]{1,200}) kernel:"
+    r"|\bnode=(?P<f>[\w.-]{1,200})|IP: (?P<g>[\d.]{7,15})"
+)
+_GPU = re.compile(
+    r"GPU (?P<a>\d{1,3})\b|PCI:(?P<b>[0-9a-fA-F:.]{7,16})|GPU (?P<c>[0-9A-F]{8}:[0-9A-F:.]{7})|cuda:(?P<d>\d{1,3})|GPU at PCI:(?P<e>\S{7,16})"
+)
+_HEAD_CHARS = 260
+
+
+def who(line: str, file_rank: int | None = None, file_host: str | None = None) -> Who:
+    """Who says `line`, else whose file it stands in."""
+    head = line[:_HEAD_CHARS]
+    rank, pid, nccl = _RANK.search(head), _PID.search(head), _NCCL.search(head)
+    host = nccl["host"] if nccl else (pid["ip"] if pid and pid["ip"] else _first(_HOST.search(head)))
+    key = nccl["host"] + nccl["pid"] if nccl else (pid[0] if pid else (rank[0] if rank else ""))
+    number = _first(rank)
+    return Who(key, int(number) if number else file_rank, host or file_host, nccl["gpu"] if nccl else None)
+
+
+def gpu_of(text: str) -> str | None:
+    """The GPU that a line names, by index or PCI id."""
+    return _first(_GPU.search(text))
+
+
+def _first(match: re.Match[str] | None) -> str | None:
+    return next((group for group in match.groups() if group), None) if match else None
+
+
+_TIMES = (
+    re.compile(
+        r"(?<!\d)(?:20\d\d[-/])(?P<mo>\d\d)[-/](?P<d>\d\d)[T _](?P<h>\d\d):(?P<mi>\d\d):(?P<s>\d\d(?:[.,]\d{1,6})?)"
+    ),
+    re.compile(r"[\[\s:][EWIF](?P<mo>\d{1,2}?)(?P<d>\d\d) (?P<h>\d\d):(?P<mi>\d\d):(?P<s>\d\d(?:\.\d{1,9})?)"),
+    re.compile(r"(?<!\d)(?P<mo>\d\d)[-/](?P<d>\d\d)(?:/20\d\d)?(?: -)? (?P<h>\d\d):(?P<mi>\d\d):(?P<s>\d\d)"),
+)
+_MONTHS = {name: index for index, name in enumerate(
+    ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"), 1)}  # fmt: skip
+_SYSLOG = re.compile(r"(?P<mo>[A-Z][a-z]{2}) (?P<d>[ \d]\d) (?P<h>\d\d):(?P<mi>\d\d):(?P<s>\d\d)")
+
+
+def time_of(line: str) -> float | None:
+    """Seconds since the start of the year that the head of a line says; the year is not looked at, zones neither."""
+    head = line[:_HEAD_CHARS]
+    for form in _TIMES:
+        if found := form.search(head):
+            return _seconds(int(found["mo"]), found)
+    found = _SYSLOG.search(head)
+    month = _MONTHS.get(found["mo"]) if found else None
+    return _seconds(month, found) if found and month else None
+
+
+def _seconds(month: int, found: re.Match[str]) -> float:
+    clock = int(found["h"]) * 3600 + int(found["mi"]) * 60 + float(found["s"].replace(",", "."))
+    return ((month - 1) * 31 + int(found["d"])) * 86_400 + clock

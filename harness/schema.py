@@ -474,6 +474,7 @@ class GpuSeries(Frozen):
     near: dict[str, str] = {}
     """By ordinal of another GPU of the job, the nearest thing on the PCIe side that they share."""
     interval_s: float | None = None
+    """Mean time between two samples."""
     samples: int = 0
     start: float | None = None
     """Unix seconds of the first row of the columns."""

@@ -188,6 +188,7 @@ def _sample(node: _Node, event: Json) -> None:
     if t is None or not isinstance(rows, list):
         return
     node.start = t if node.start is None else node.start
+    node.last = max(node.last, t) if t - node.start <= MAX_SECOND else node.last
     # A clock that was set back or far ahead has no row to go to; its sample still counts for the whole.
     second = math.floor(t - node.start) if 0 <= t - node.start <= MAX_SECOND else None
     for ordinal, values in enumerate(rows):
@@ -273,7 +274,7 @@ def _series(role: Role, node: _Node, ordinal: int, card: _Card, max_rows: int) -
     span = max(card.rows, default=0) + 1
     row_s = -(-span // max_rows)
     return GpuSeries(
-        role=role, node=node.number, ordinal=ordinal, interval_s=node.interval_s, samples=card.samples,
+        role=role, node=node.number, ordinal=ordinal, interval_s=_interval_s(node, card), samples=card.samples,
         start=node.start, row_s=float(row_s), **_columns(card.rows, row_s, -(-span // row_s) if card.rows else 0),
         memory_first_bytes=card.first, memory_max_bytes=_whole(card.all["memory_used_bytes"].largest),
         memory_clock_max_mhz=_whole(card.memory_clock.largest),
@@ -285,6 +286,13 @@ def _series(role: Role, node: _Node, ordinal: int, card: _Card, max_rows: int) -
         steady=_steady(node.window, card), processes=_processes(card), sampler_core_share=node.share,
         **_described(card.described),
     )  # fmt: skip
+
+
+def _interval_s(node: _Node, card: _Card) -> float | None:
+    """Mean seconds between two samples; what was meant where there are fewer than two."""
+    if node.start is None or card.samples < 2 or node.last <= node.start:
+        return node.interval_s
+    return float(f"{(node.last - node.start) / (card.samples - 1):.3g}")
 
 
 def _columns(rows: dict[int, Row], row_s: int, amount: int) -> dict[str, Any]:

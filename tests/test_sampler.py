@@ -77,6 +77,16 @@ def test_samples_come_ten_times_a_second_and_slow_values_once(run: Run) -> None:
     assert not any(len(row) > 1 for row in slow), "one GPU at a time, so that its 40 ms do not add up"
 
 
+def test_what_changes_slowly_is_asked_less_often(run: Run) -> None:
+    columns = list(zip(*(line["gpus"][0] for line in kinds(run(1.2), "sample")), strict=True))
+    asked = dict(zip(nvml.FAST, ([value is not None for value in column[:10]] for column in columns), strict=True))
+    assert all(asked["memory_used_bytes"])
+    assert all(asked["power_w"])
+    assert all(asked["energy_mj"])
+    assert asked["sm_clock_mhz"] == asked["utilisation"] == [True, False] * 5
+    assert asked["memory_clock_mhz"] == [True, *[False] * 9]
+
+
 def test_the_first_line_describes_links_and_names(run: Run) -> None:
     first = run(0.2)[0]
     assert first["kind"] == "gpus"
@@ -140,7 +150,7 @@ def test_calls_that_are_not_supported_leave_gaps_and_nothing_else(run: Run) -> N
                "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetNvLinkState",
                "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetPciInfo", "nvmlDeviceGetTemperature"]  # fmt: skip
     found = run(0.5, refuse=refused)
-    row = dict(zip(nvml.FAST, kinds(found, "sample")[-1]["gpus"][1], strict=True))
+    row = dict(zip(nvml.FAST, kinds(found, "sample")[0]["gpus"][1], strict=True))
     assert row == {"memory_used_bytes": 2 * GIB, "power_w": 180.0, "sm_clock_mhz": 1980, "memory_clock_mhz": 3201,
                    "utilisation": None, "energy_mj": None}  # fmt: skip
     assert found[0]["gpus"][0]["power_source"] == "average"
@@ -195,8 +205,9 @@ def test_no_driver_is_a_note_and_no_more(run: Run) -> None:
 
 def test_where_asking_is_dear_it_asks_less_often(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run(5.3, devices=1, gpus=1, slow_call_s=0.002)
-    assert "Telemetry took" in notes(found)
-    assert "samples every 0.2 s" in notes(found)
+    assert "Ten samples a second took" in notes(found)
+    assert kinds(found, "cost")[-1]["interval_s"] > 2 * sampler.INTERVAL_S
+    assert kinds(found, "cost")[-1]["ms"]["UtilizationRates"] == pytest.approx(2.0, rel=0.2)
 
 
 def test_it_takes_less_than_a_hundredth_of_a_core(run: Run) -> None:

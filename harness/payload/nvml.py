@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 FAST = ("memory_used_bytes", "power_w", "sm_clock_mhz", "memory_clock_mhz", "utilisation", "energy_mj")
-"""Asked at every tick; `utilisation` is NVML's share of time with a kernel running, 0 to 1."""
+"""Columns of a sample; `utilisation` is NVML's share of time with a kernel running, 0 to 1."""
+TICKS = {"memory": 1, "power": 1, "sm_clock": 2, "utilisation": 2, "memory_clock": 10}
+"""Ticks between two times that a question is asked. A call takes 0.5 to 1 ms of a core where the driver asks the GPU's
+own processor and spins (seen, H200, driver 580); NVML averages utilisation over 1/6 s or more (nvml.h)."""
 SLOW = ("temperature_c", "throttle_bits", "pcie_rx_bytes_per_s", "pcie_tx_bytes_per_s", "processes")
 """Asked once a second; processes are [pid, bytes] pairs."""
 
@@ -45,6 +51,8 @@ class Card:
     def __init__(self, nvml: Any, handle: Any, ordinal: int) -> None:
         self._nvml, self._handle, self.ordinal = nvml, handle, ordinal
         self._refused: set[tuple[Any, ...]] = set()
+        self.cpu_s: defaultdict[str, float] = defaultdict(float)
+        self.calls: defaultdict[str, int] = defaultdict(int)
         self._never = {getattr(nvml, name, None) for name in _REFUSALS}
         self._lost = {getattr(nvml, name, None) for name in _LOSSES}
         self._mismatch = getattr(nvml, "NVMLLibraryMismatchError", ())
@@ -58,7 +66,7 @@ class Card:
         question = (name, *(argument for argument in arguments if isinstance(argument, int | tuple)))  # not a handle
         if question in self._refused:
             return None
-        call = getattr(self._nvml, name, None)
+        call, began = getattr(self._nvml, name, None), time.thread_time()
         try:
             return call(self._handle, *arguments) if call else self._refuse(question)
         except self._mismatch:
@@ -67,6 +75,9 @@ class Card:
             if error.value in self._lost:
                 raise Lost(str(error)) from None
             return self._refuse(question) if error.value in self._never else None
+        finally:
+            self.cpu_s[name] += time.thread_time() - began
+            self.calls[name] += 1
 
     def _refuse(self, question: tuple[Any, ...]) -> None:
         self._refused.add(question)
@@ -75,17 +86,18 @@ class Card:
         """How a person finds it: its index and UUID."""
         return f"GPU {self.index if self.index is not None else self.ordinal} ({self.uuid})"
 
-    # ------------------------------------------------------------ ten times a second
+    # ------------------------------------------------------------ at each tick
 
-    def fast(self) -> list[Any]:
-        """One value for each name of `FAST`."""
-        power_w, energy_mj = self._power_and_energy()
-        memory, rates = self.memory(), self.ask("nvmlDeviceGetUtilizationRates")
+    def fast(self, questions: Collection[str]) -> list[Any]:
+        """One value for each name of `FAST`, None where it is not among the questions (`TICKS`)."""
+        memory = self.memory() if "memory" in questions else None
+        power_w, energy_mj = self._power_and_energy() if "power" in questions else (None, None)
+        rates = self.ask("nvmlDeviceGetUtilizationRates") if "utilisation" in questions else None
         return [
             int(memory.used) if memory else None,
             power_w,
-            self.ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
-            self.ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_MEM),
+            self.ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM) if "sm_clock" in questions else None,
+            self.ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_MEM) if "memory_clock" in questions else None,
             rates.gpu / 100 if rates else None,
             energy_mj,
         ]

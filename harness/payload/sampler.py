@@ -5,13 +5,13 @@
 
     gpus     node, interval_s, columns (nvml.FAST), slow_columns (nvml.SLOW), cpus (of the parent), gpus [what does not
              change of each: nvml.Card.describe]; the first line
-    sample   t (Unix seconds), gpus: a row per GPU in the order of CUDA's ordinals, null once it is lost;
-             slow: {ordinal: row}, each GPU once a second
+    sample   t (Unix seconds), gpus: a row per GPU in the order of CUDA's ordinals, null once it is lost, and null in
+             it what is not asked at every tick (nvml.TICKS); slow: {ordinal: row}, each GPU once a second
     process  gpu, pid, name, own (a descendant of ROOT; null where its pid is not of this namespace)
-    cost     cpu_s, wall_s since the first sample: what sampling takes
+    cost     cpu_s, wall_s since the first sample: what sampling takes; interval_s; ms: {NVML call: mean processor time}
     note     text: a GPU that throttles, vanishes, or is shared; no telemetry, and why
 
-It asks less often where asking takes more than `COST_LIMIT` of a core, and says so.
+It asks ten times a second, and less often where that takes more than `COST_LIMIT` of a core; a note says so.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ class Sampling:
         self._processes: set[tuple[int, int]] = set()
         self._throttles: set[tuple[int, int]] = set()
         self._interval_s = INTERVAL_S
+        self._ticks = 0
         self._cost = Cost()
 
     def run(self) -> None:
@@ -148,10 +150,13 @@ class Sampling:
             due = max(due + self._interval_s, now)
             if select.select([sys.stdin], [], [], due - now)[0]:
                 break
-        self._log.write("cost", **self._cost.so_far())
+        self._say_the_cost()
 
     def _tick(self) -> None:
-        line: dict[str, Any] = {"t": _now(), "gpus": [self._ask(card, card.fast) for card in self._cards]}
+        questions = {name for name, ticks in nvml.TICKS.items() if self._ticks % ticks == 0}
+        self._ticks += 1
+        rows = [self._ask(card, partial(card.fast, questions)) for card in self._cards]
+        line: dict[str, Any] = {"t": _now(), "gpus": rows}
         now = time.monotonic()
         card = min(self._alive.values(), key=lambda one: self._slow_due[one.ordinal], default=None)
         if card and self._slow_due[card.ordinal] <= now:
@@ -193,13 +198,22 @@ class Sampling:
             self._log.note(f"{card.name()} is shared: process {pid} ({name}), not of this job, holds {held}.")
 
     def _mind_the_cost(self) -> None:
+        """Every few seconds: stretch the interval by as much as the cost is above its limit, or back."""
         share = self._cost.look()
         if share is None:
             return
-        self._log.write("cost", **self._cost.so_far())
-        if share > COST_LIMIT and self._interval_s < SLOW_S:
-            self._interval_s = min(2 * self._interval_s, SLOW_S)
-            self._log.note(f"Telemetry took {share:.1%} of a core and now samples every {self._interval_s:g} s.")
+        self._say_the_cost()
+        if share > COST_LIMIT and self._interval_s == INTERVAL_S:
+            self._log.note(f"Ten samples a second took {share:.1%} of a core: the sampler asks less often, "
+                           f"so that it stays near {COST_LIMIT:.0%}.")  # fmt: skip
+        self._interval_s = min(max(self._interval_s * share / COST_LIMIT, INTERVAL_S), SLOW_S)
+
+    def _say_the_cost(self) -> None:
+        names = {name for card in self._cards for name in card.calls}
+        spent = {name: sum(card.cpu_s[name] for card in self._cards) / sum(card.calls[name] for card in self._cards)
+                 for name in sorted(names)}  # fmt: skip
+        dear = {name.removeprefix("nvmlDeviceGet"): round(1e3 * mean_s, 3) for name, mean_s in spent.items()}
+        self._log.write("cost", **self._cost.so_far(), interval_s=round(self._interval_s, 3), ms=dear)
 
 
 class Cost:

@@ -167,7 +167,8 @@ def test_a_killed_engine_is_a_failure_and_not_a_number(story: Story, resumed: in
     assert record.status == "failed"
     assert record.last is not None
     assert record.last.diagnosis is not None
-    assert record.last.diagnosis.summary
+    assert any("EngineDeadError" in line.text for line in record.last.diagnosis.evidence)
+    assert record.last.diagnosis.failure_class == "app_exception"
     assert record.last.observation.serve is not None
     assert (record.last.observation.serve.ready_s or 0) > 0
     assert record.last.observation.serve.load is None or record.last.observation.serve.load.failed > 0

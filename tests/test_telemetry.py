@@ -241,6 +241,26 @@ def test_a_glance_shows_memory_and_power_of_each_gpu(tmp_path: Path) -> None:
     assert [(one.memory_used_bytes, one.power_w) for one in live.gpus] == [(GIB, 1.5), (None, None)]
 
 
+# ---------------------------------------------------------------- recorded on a GPU
+
+
+def test_samples_of_a_real_h200_give_the_energy_of_its_steady_steps() -> None:
+    """Nano 30B, LoRA, 4,096 tokens a step, 15 steady steps; only the GPU's UUID was replaced."""
+    steady_steps = telemetry.Window(1795306874.215, 1795306874.215 + 7.875898, 61_440)
+    found = telemetry.read("train", [Path(__file__).parent / "cassettes/samples-h200"], steady_steps)
+    (one,) = found.gpus
+    assert (one.name, one.power_limit_w, one.power_source) == ("NVIDIA H200", 700.0, "instant")
+    assert (one.memory_first_bytes, one.memory_max_bytes, one.temperature_max_c) == (0, 67_359_277_056, 54)
+    assert [(one.name, one.own) for one in one.processes] == [("python3", True)]
+    assert one.throttle == {"software power cap": 0.0526}
+    assert any("throttles: software power cap" in note for note in found.notes)
+    summary = energy.summarize_gpus(found.gpus, 1)
+    assert summary
+    assert (summary.energy_j, summary.energy_from) == (4297.3, "counter")
+    assert summary.joules_per_token == pytest.approx(0.06994, rel=1e-3)
+    assert summary.power_mean_w == pytest.approx(545.6, rel=1e-3)
+
+
 # ---------------------------------------------------------------- summary
 
 

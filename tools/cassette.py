@@ -94,17 +94,21 @@ def _compact(text: str) -> str:
 
 
 def _copy_job(job: Path, out: Path, names: Names, failed: bool) -> None:
-    for path in sorted({job / "outcome.json", *job.glob("events.rank*.jsonl*"), *(_evidence(job) if failed else ())}):
+    series = (*job.glob("events.rank*.jsonl*"), *job.glob("gpu.samples.node*.jsonl*"))
+    for path in sorted({job / "outcome.json", *series, *(_evidence(job) if failed else ())}):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_END_BYTES) if path.suffix in (".log", ".txt") else 0)
             text = file.read().decode("utf-8", "replace")
         if text:
             _write(out / path.relative_to(job), names, text)
+    for number, path in enumerate(sorted(job.glob("nccl.*.log"))):  # whose names hold the host's
+        _write(out / f"nccl.host.{number}.log", names, path.read_text("utf-8", "replace"))
 
 
 def _evidence(job: Path) -> Iterator[Path]:
     for pattern in EVIDENCE:
-        yield from (path for path in job.glob(pattern) if path.name not in NOT_EVIDENCE)
+        found = (path for path in job.glob(pattern) if not path.name.startswith("nccl."))
+        yield from (path for path in found if path.name not in NOT_EVIDENCE)
 
 
 def _write(path: Path, names: Names, text: str) -> None:

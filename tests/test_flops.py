@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import catalog, flops
+from harness import catalog
 from harness.schema import TrainCase
+from harness.summary import flops
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE = ("tiny-hybrid", "nano-9b-v2", "nano-12b-v2")

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import nccl
+from harness.observe import nccl
 
 HEAD = "node1:100:200 [0] NCCL INFO "
 INIT = HEAD + "ncclCommInitRankConfig comm 0x55e0 rank 0 nranks {} cudaDev 0 nvmlDev 2 busId c8000 commId 0x9f - Init "

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from harness.energy import GpuSummary
-from harness.live import Live, LiveGpu
+from harness.observe.live import Live, LiveGpu
 from harness.report import parts, sampled, tables, terminal
 from harness.schema import GpuProcess, GpuSeries, GpuSteady
 from harness.summary import ServeSummary, TrainSummary
+from harness.summary.energy import GpuSummary
 
 GIB = 2**30
 

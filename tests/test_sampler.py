@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from harness import telemetry
+from harness.observe import telemetry
 from harness.payload import nvml, sampler
 
 ROOT = Path(__file__).resolve().parent.parent

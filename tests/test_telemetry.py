@@ -12,12 +12,12 @@ from fakes.records import train_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import energy, telemetry
 from harness.events import EventLog
-from harness.live import peek
-from harness.observe import observe
+from harness.observe import observe, telemetry
+from harness.observe.live import peek
 from harness.payload import nvml
 from harness.schema import GpuSeries, GpuSteady, Observation, TrainCase
+from harness.summary import energy
 
 GIB = 2**30
 BEGAN = 1_790_000_000.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.energy import GpuSummary
 from harness.report.parts import Section, facts_section, plain_json, table_section, word, words
 from harness.report.words import Cell, digits, duration, gib, missing, number, one_line, percent
 from harness.schema import GpuSeries, NcclFacts
+from harness.summary.energy import GpuSummary
 
 HEAD = ("role", "GPU", "name", "peak GiB", "power W", "peak W", "SM MHz", "least MHz", "in use", "hottest °C",
         "held back")  # fmt: skip

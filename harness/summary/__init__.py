@@ -14,7 +14,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from harness.energy import GpuSummary, summarize_gpus
 from harness.schema import (
     Attempt,
     ChainCase,
@@ -29,7 +28,8 @@ from harness.schema import (
     TrainCase,
     TrainObservation,
 )
-from harness.utilisation import Utilisation, utilisation
+from harness.summary.energy import GpuSummary, summarize_gpus
+from harness.summary.utilisation import Utilisation, utilisation
 
 Measure = Literal["allocated", "rss_growth", "rss"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.coerce import text
+from harness.observe.coerce import text
 from harness.schema import NcclFacts, NcclLink
 
 FILE_BYTES = 4_000_000

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness import events
-from harness.coerce import Json, count, mapping, real, seconds, text
+from harness.observe.coerce import Json, count, mapping, real, seconds, text
 from harness.schema import Frozen
 
 TAIL_BYTES = 4_096

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from harness.coerce import Json, count, json_value, mapping, real, seconds, text
+from harness.observe.coerce import Json, count, json_value, mapping, real, seconds, text
 from harness.schema import Latency, LoadPoint, Nonfinite, PhaseMemory, Smoke
 
 MAX_NOTES = 30

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from harness import catalog, flops
+from harness import catalog
 from harness.schema import Frozen, RankObservation, TrainCase, TrainObservation
+from harness.summary import flops
 
 
 class Utilisation(Frozen):

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from harness import events, nccl, telemetry
-from harness.coerce import text
-from harness.lines import KINDS, MAX_NOTES, RankSeen, Seen
-from harness.live import Live, peek
+from harness import events
 from harness.logs import log_text, tail
+from harness.observe import nccl, telemetry
+from harness.observe.coerce import text
+from harness.observe.lines import KINDS, MAX_NOTES, RankSeen, Seen
+from harness.observe.live import Live, peek
 from harness.schema import (
     Case,
     ChainCase,

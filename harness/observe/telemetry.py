@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness import events
-from harness.coerce import Json, count, mapping, real, seconds, text
+from harness.observe.coerce import Json, count, mapping, real, seconds, text
 from harness.schema import GpuProcess, GpuSeries, GpuSteady
 
 MAX_ROWS = 600

@@ -109,6 +109,8 @@ def test_healthy_noise_is_no_signature() -> None:
     noise = """
 Using the `WANDB_DISABLED` environment variable is deprecated
 /x/torch/nn/parallel/distributed.py:2: UserWarning: find_unused_parameters=True was specified in DDP constructor
+[x] `scan` is falling back to its reference PyTorch implementation because `mamba_ssm` is not installed.
+(EngineCore pid=7) INFO 01-01 [core.py:1] Initializing a V1 LLM engine (v0.32.0) with config: trust_remote_code=False
 The fast path is not available because one of `(selective_state_update, causal_conv1d_fn)` is None.
 [W] Warning: WARNING: destroy_process_group() was not called before program exit
 WARNING 01-01 [cpu.py:3] Failed to import from vllm._C with ModuleNotFoundError("No module named 'vllm._C'")

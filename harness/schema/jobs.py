@@ -1,0 +1,86 @@
+"""What is started: jobs, commands, tickets, and how they ended."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import JsonValue
+
+from harness.schema.base import Frozen
+from harness.schema.cases import DeviceType
+
+EnvironmentName = Literal["train", "serve"]
+
+
+class Mount(Frozen):
+    """A host path that a job needs besides its own directory."""
+
+    path: str
+    writable: bool = False
+
+
+class Job(Frozen):
+    """One process group to start: argv for inside a box, and what it may use.
+
+    `argv[0]` is the bare name `python`; a box puts the interpreter of its environment there. The working directory is
+    the job's own directory, which is also the only place it writes to; `payload` is written there as `job.json`.
+    """
+
+    id: str
+    environment: EnvironmentName
+    case_ids: tuple[str, ...]
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    mounts: tuple[Mount, ...] = ()
+    device: DeviceType
+    devices: int
+    time_limit_s: float
+    stall_s: float
+    files: dict[str, str] = {}
+    """Small text files to lay into the job directory before the start, by relative name."""
+    payload: dict[str, JsonValue]
+    """The content of `job.json`, all that the payload reads."""
+
+
+class Command(Frozen):
+    """A job inside its box: what a backend starts."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str]
+    """The whole environment, not an addition to one."""
+    cwd: str
+
+
+class Ticket(Frozen):
+    """A started job, on disk before `submit` returns."""
+
+    backend: str
+    job_id: str
+    job_dir: str
+    submitted_at: float
+    handle: dict[str, str]
+    """What the backend needs to find it again: a pid and its start time, a Slurm job id, a container id."""
+
+
+class Outcome(Frozen):
+    """How a job ended, as its backend saw it."""
+
+    exit_code: int | None = None
+    """`None` where a signal ended it or nothing is known."""
+    signal: int | None = None
+    timed_out: bool = False
+    stalled: bool = False
+    host_oom_killed: bool = False
+    interrupted: bool = False
+    """Ended from outside: Ctrl-C, `cancel`, or the control plane died."""
+    lost: bool = False
+    """The supervisor is gone and left no word."""
+    start: float
+    """Unix seconds."""
+    end: float
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Ended by itself with exit code 0."""
+        return self.exit_code == 0 and not (self.timed_out or self.stalled or self.interrupted or self.lost)

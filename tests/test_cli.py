@@ -31,7 +31,7 @@ def harness(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     return code, captured.out, captured.err
 
 
-@pytest.fixture()
+@pytest.fixture
 def matrix(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(MATRIX)

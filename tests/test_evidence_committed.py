@@ -1,0 +1,55 @@
+"""The evidence under reports/: it renders with no GPU and no network, it is small, and the README says what it says."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from harness import results, store
+
+ROOT = Path(__file__).parent.parent
+RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
+
+
+@pytest.fixture
+def results_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("results_table", ROOT / "tools" / "results_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.name)
+def test_a_committed_run_renders_from_its_records(run: Path, tmp_path: Path) -> None:
+    (page,) = results.make_report([store.Run.existing(run)], tmp_path / "index.html")
+    assert page.stat().st_size > 1_000_000
+    assert (run / "report.png").is_file()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda path: path.name)
+def test_every_committed_number_knows_where_it_came_from(run: Path) -> None:
+    for record in store.Run(run).records():
+        if record.status == "skipped":
+            continue
+        where = record.provenance
+        assert where is not None
+        assert where.commit
+        assert not where.commit.endswith("+dirty")
+        assert all(environment.libraries.get("torch") for environment in where.environments)
+        training = record.case.kind == "train"
+        assert not (training and record.case.device == "cuda") or (where.gpus and where.driver)
+
+
+def test_the_results_table_is_what_the_records_say(results_table: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert results_table.placed(readme, results_table.table(results_table.rows(ROOT / "reports"))) == readme
+
+
+def test_the_evidence_stays_small() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z", "reports"], cwd=ROOT, capture_output=True, check=True).stdout
+    sizes = [(ROOT / name).stat().st_size for name in listed.decode().split("\0") if name]
+    assert sum(sizes) < 10 * 1024 * 1024

@@ -5,6 +5,7 @@ usage: .venv/bin/python tools/results_table.py [--write]   print the table, or p
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -37,15 +38,9 @@ def _belongs(record: Record) -> bool:
 def _order(record: Record) -> tuple[object, ...]:
     case = record.case
     assert isinstance(case, TrainCase)
-    return (
-        case.variant,
-        case.method,
-        case.strategy,
-        case.devices,
-        case.memory_cap_gib or 1e9,
-        case.seq_len,
-        case.repeat,
-    )
+    variant = list(catalog.variants()).index(case.variant)
+    cap = case.memory_cap_gib or math.inf
+    return (variant, case.method, case.strategy, case.devices, cap, case.seq_len, case.repeat)
 
 
 def _row(record: Record, path: Path) -> str:

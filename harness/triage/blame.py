@@ -14,6 +14,9 @@ CLEARLY_FIRST_S = 1.0
 """By how much a rank must be ahead of the others before it, and not all, counts as the first."""
 _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
 
+_SELF = ("127.0.0.1", "localhost", "::1")
+_BARRED = re.compile(r"Ranks? (\d{1,6}) failed to pass monitoredBarrier")
+
 
 @dataclass(frozen=True)
 class Blame:
@@ -37,7 +40,7 @@ def for_event(first: Event, same: Sequence[Event], files: Sequence[Facts]) -> Bl
         return Blame(Culprit(rank=rank, host=first.who.host), "supported")
     if kind == "host":
         return _host(same)
-    if rank is None:
+    if rank is None and not _said_by_several(first, same):
         rank = _from_table(first, files)
     gpu = _one({one.gpu for one in same if one.gpu}) if kind == "gpu" or first.gpu else None
     host = _one({one.who.host for one in same if one.who.host})
@@ -45,6 +48,11 @@ def for_event(first: Event, same: Sequence[Event], files: Sequence[Facts]) -> Bl
         return NOBODY
     sure: ClaimStatus = "established" if len(spoken) > 1 or (gpu and kind == "gpu") else "supported"
     return Blame(Culprit(rank=rank, host=host, gpu=gpu), sure)
+
+
+def _said_by_several(first: Event, same: Sequence[Event]) -> bool:
+    """Whether nameless speakers say the same: then all fail alike."""
+    return sum(one.text == first.text and one.who.rank is None for one in same) > 1
 
 
 def _one(values: set[str | None]) -> str | None:
@@ -83,7 +91,7 @@ def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
         for rank, code, host, _, _, attempt in facts.tables:
             if attempt == facts.attempts and code not in (None, 0, -15, 1, -6):
                 return Blame(Culprit(rank=rank, host=host), "established")
-    hosts = {found["host"] for one in events if (found := _PEER.search(one.text))}
+    hosts = {found["host"] for one in events if (found := _PEER.search(one.text)) and found["host"] not in _SELF}
     local = {int(found[1]) for one in events if (found := re.search(r"closed by localRank (\d{1,6})", one.text))}
     if len(hosts) == 1:
         return Blame(Culprit(host=hosts.pop()), "supported")
@@ -92,13 +100,16 @@ def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
 
 def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
     """The rank that stayed behind: fewest collectives completed, the only one without a time-out, or silent first."""
+    named = {int(found[1]) for one in events if (found := _BARRED.search(one.text))}
+    if len(named) == 1:
+        return Blame(Culprit(rank=named.pop()), "established")
     completed = {rank: number for facts in files for rank, number in facts.completed.items()}
     if len(completed) > 1:
         least = min(completed.values())
         behind = [rank for rank, number in completed.items() if number == least]
         if len(behind) == 1 and len(completed) > 2:
             return Blame(Culprit(rank=behind[0]), "supported")
-    waiting = {one.who.rank for one in events if one.who.rank is not None}
+    waiting = {one.who.rank for one in events if one.who.rank is not None and one.failure_class == "coll_timeout"}
     spoken: set[int] = set().union(*(facts.ranks for facts in files)) if files else set()
     world = max((facts.world or 0 for facts in files), default=0)
     everyone = set(range(world)) if 1 < world <= 4096 else spoken

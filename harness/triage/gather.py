@@ -103,7 +103,7 @@ class Gatherer:
         self._phase = ""
         self._t: float | None = None
         self._counts: dict[int, int] = {}
-        self._begun = False
+        self._begun = self._ended = False
         self._after_frame = False
         self._table: dict[str, str] | None = None
 
@@ -191,7 +191,7 @@ class Gatherer:
                 continue
             if not signature.pattern.search(text) or not signature.holds_for(text):
                 continue
-            if signature.also or signature.unless:
+            if signature.looks_around:
                 context = self._context(text, speaker) if context is None else context
                 if not signature.suits(context):
                     continue
@@ -214,9 +214,11 @@ class Gatherer:
 
     def _progress(self, number: int, text: str, speaker: words.Who) -> None:
         facts = self.facts
-        if words.START.search(text) and self._begun:
+        if words.END.search(text):
+            self._ended = True
+        if self._begun and (words.RESTART.search(text) or (self._ended and words.START.search(text))):
             facts.attempts += 1
-            self._begun = False
+            self._begun = self._ended = False
         if phase := words.PHASE.search(text):
             self._phase = phase[0]
         if nccl := words.NCCL_RANK.search(text):

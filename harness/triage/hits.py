@@ -130,7 +130,7 @@ def _matches(signature: Signature, lines: Sequence[Line]) -> Iterator[int]:
         if not signature.pattern.search(text) or _SOURCE.search(text):
             continue
         looked_at += 1
-        around = _traceback_before(lines, index) if signature.also or signature.unless else ""
+        around = _traceback_before(lines, index) if signature.looks_around else ""
         if signature.suits(around) and signature.holds_for(text):
             yield index
         if looked_at == MAX_MATCHES:

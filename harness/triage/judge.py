@@ -1,7 +1,8 @@
 """From what all files say to one verdict: cause before consequence.
 
-Order: hardware and kernel; an end from outside before which nothing failed; the first initiating event in time; what the
-Flight Recorder shows; what survivors saw; a process that was killed; errors that only pass on others; a good end.
+Order: hardware and kernel; an end from outside before which nothing failed; the first initiating event in time; what
+the Flight Recorder shows; what survivors saw; errors that only pass on others; a crash; ranks that fell silent; a good
+end.
 """
 
 from __future__ import annotations
@@ -105,13 +106,18 @@ def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
 def _first(files: Files, candidates: Sequence[Event]) -> Event:
     """The first in time; an exception that no signature knows gives way to a known one of the same chain."""
     first = candidates[0]
-    if first.signature is not None:
-        return first
     for other in candidates:
         near = other.file == first.file and other.line - first.line <= CHAINED_LINES
-        if other.signature is not None and near and other.who.key == first.who.key:
+        if near and other.who.key == first.who.key and _says_more(other, first):
             return other
     return first
+
+
+def _says_more(other: Event, first: Event) -> bool:
+    """Whether a later exception of a chain names the cause better: any known one, or an adapter that was sought there."""
+    if first.signature is None:
+        return other.signature is not None
+    return first.failure_class == "hub_access" and other.failure_class == "peft_config"
 
 
 def _initiated(files: Files) -> LogVerdict | None:
@@ -239,7 +245,7 @@ def _table_only(files: Files) -> LogVerdict | None:
 
 
 def _weak(files: Files) -> LogVerdict | None:
-    """Errors that only say that something failed: NCCL's own first, then those that pass on what another process said."""
+    """Errors that only say that something failed: NCCL's own first, then those that pass on another process's."""
     weak = [one for one in files.events if one.signature and one.signature.weak]
     weak = [one for one in weak if not _survived(files, one, weak)]
     named = [one for one in weak if one.failure_class != "app_exception"]

@@ -8,6 +8,7 @@ A file is a list. Each entry:
 | any | regular expressions, one of which stands in what is looked at; taken from what the libraries print |
 | with | further ones, of which one must stand in the same traceback (for a log: the lines before) |
 | unless | further ones, of which none may stand there |
+| raised_in | places of which the last frame of the traceback must be one |
 | when | the name of a check of the line's numbers (`checks.py`) that must hold |
 | phase | phases of the payload in one of which an `error` event must have happened |
 | where | type, message, traceback (of an `error` event), log; default: message, type, log |
@@ -66,6 +67,7 @@ class Signature(Frozen):
     any: tuple[str, ...] = Field(min_length=1)
     also: tuple[str, ...] = Field((), alias="with")
     unless: tuple[str, ...] = ()
+    raised_in: tuple[str, ...] = ()
     when: Literal["foreign_memory"] | None = None
     phase: tuple[str, ...] = ()
     where: tuple[Where, ...] = ("message", "type", "log")
@@ -82,7 +84,7 @@ class Signature(Frozen):
         kind = kinds().get(entry["class"])
         return ({"summary": kind.summary, "next": kind.next} | entry) if kind else entry
 
-    @field_validator("any", "also", "unless")
+    @field_validator("any", "also", "unless", "raised_in")
     @classmethod
     def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
@@ -108,11 +110,33 @@ class Signature(Frozen):
         """Whether what stands around a match lets it count."""
         if self.context and not self.context.search(traceback):
             return False
-        return not (self.excluded and self.excluded.search(traceback))
+        if self.excluded and self.excluded.search(traceback):
+            return False
+        return not self.raised_in or bool(self.place and self.place.search(last_frame(traceback)))
+
+    @property
+    def looks_around(self) -> bool:
+        """Whether more than the line itself decides."""
+        return bool(self.also or self.unless or self.raised_in)
+
+    @functools.cached_property
+    def place(self) -> re.Pattern[str] | None:
+        """`raised_in` as one expression."""
+        return re.compile("|".join(f"(?:{one})" for one in self.raised_in)) if self.raised_in else None
 
     def holds_for(self, text: str) -> bool:
         """Whether the numbers of the line let a match count."""
         return self.when is None or checks.CHECKS[self.when](text)
+
+
+_FRAME = re.compile(r'File "[^"\n]{1,400}", line \d{1,9}(?:, in \S{1,200})?')
+_PASSES_ON = re.compile(r", in (?:__getattr__|wrapper|inner|_?raise\w*|__getitem__)$")
+
+
+def last_frame(traceback: str) -> str:
+    """The frame that raised, without those that only pass on a name; empty where there is none."""
+    frames = _FRAME.findall(traceback)
+    return next((frame for frame in reversed(frames) if not _PASSES_ON.search(frame)), "")
 
 
 @functools.cache

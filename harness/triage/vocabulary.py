@@ -8,7 +8,8 @@ from dataclasses import dataclass
 FRAME = re.compile(r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\(')
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
 EXCEPTION = re.compile(
-    r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit|Failure|Failed|Timeout))"
+    r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit|Failure|Failed|Timeout)"
+    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?)\.[A-Z]\w{0,60})"
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
 CRASH = re.compile(
@@ -19,11 +20,18 @@ PHASE = re.compile(
     r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training|Evaluation|Prediction)"
     r"|Saving model checkpoint to|[Cc]apturing CUDA graph|[Cc]apture cuda graph|[Ss]tarting profile run"
 )
+RESTART = re.compile(
+    r"will restart worker group|torchrun restart|Requeued?\b|REQUEUED|Restarting (?:the )?(?:job|training|workers)"
+    r"|={3,} ?(?:attempt|Attempt|ATTEMPT|restart) ?#?\d"
+)
 START = re.compile(
-    r"will restart worker group|torchrun restart|Requeue[d]?\b|REQUEUED"
-    r"|vLLM API server version|Restarting (?:the )?(?:job|training|workers)|={3,} ?(?:attempt|Attempt|ATTEMPT|restart) ?#?\d"
-    r"|Setting OMP_NUM_THREADS environment variable for each process|^\+ (?:torchrun|accelerate launch|srun|deepspeed|vllm serve)\b"
-    r"|Starting elastic_operator with launch configs|server_args=ServerArgs"
+    r"vLLM API server version|Setting OMP_NUM_THREADS environment variable for each process|server_args=ServerArgs"
+    r"|Starting elastic_operator with launch configs|^\+ (?:torchrun|accelerate launch|srun|deepspeed|vllm serve)\b"
+)
+"""Launches; one only begins another attempt where the one before has ended, for each node prints its own."""
+END = re.compile(
+    r"ChildFailedError|first observed failure|KeyboardInterrupt|CANCELLED|Engine core initialization failed"
+    r"|Application shutdown complete|exits with return code|Shutting down|EADDRINUSE|Job step aborted|SystemExit"
 )
 MARK = re.compile(
     r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b"
@@ -50,7 +58,7 @@ NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 
 PATTERNS = (
     r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout", "Segmentation fault",
-    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal", "exitcode", "signal 11",
+    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal", r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
     "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running", "Saving model checkpoint",
     "CUDA graph", "cuda graph", "profile run", "restart", "equeue", "REQUEUE", "API server version", "Restart", "ttempt",
     "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs", "[Ss]tep", "STEP",
@@ -77,7 +85,7 @@ class Who:
 
 
 _RANK = re.compile(
-    r"\[(?:rank|default|Rank |RANK )(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
+    r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
     r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
     r"|\[\d{1,4},(?P<g>\d{1,6})\]<std|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
 )

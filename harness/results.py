@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import report, store
@@ -46,7 +46,7 @@ def make_report(directories: Sequence[store.Run], out: Path | None) -> list[Path
     """The page of one run, or the page and the CSV that put two side by side; returns the files written."""
     if len(directories) > 2:
         raise HarnessError("a report takes one run, or two to compare", "name one or two run directories")
-    runs = [report_run(directory) for directory in directories]
+    runs = _told_apart([report_run(directory) for directory in directories])
     page = out or _default_page(directories)
     page.parent.mkdir(parents=True, exist_ok=True)
     report.render(runs, page)
@@ -55,6 +55,15 @@ def make_report(directories: Sequence[store.Run], out: Path | None) -> list[Path
     table = page.with_suffix(".csv")
     store.write_atomically(table, report.comparison_csv(runs[0], runs[1]))
     return [page, table]
+
+
+def _told_apart(runs: list[report.ReportRun]) -> list[report.ReportRun]:
+    """Runs of one name, such as those of two nights, called by the end of their paths that tells them apart."""
+    paths = [Path(run.source).resolve().parts for run in runs]
+    if len({run.name for run in runs}) == len(runs) or len(set(paths)) < len(runs):
+        return runs
+    depth = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(runs))
+    return [replace(run, name="/".join(path[-depth:])) for run, path in zip(runs, paths, strict=True)]
 
 
 def _default_page(directories: Sequence[store.Run]) -> Path:

@@ -11,6 +11,7 @@ from harness.schema import Role
 from harness.scrub import scrub
 from harness.triage import vocabulary as words
 from harness.triage.numbers import numbers_in
+from harness.triage.relevance import NUMBER, Relevance
 from harness.triage.sieve import Kept
 from harness.triage.signature import Signature, kinds, signatures
 
@@ -33,7 +34,6 @@ _WORK = re.compile(
     r"last enqueued(?: NCCL)? work: (?P<enqueued>-?\d+), last completed(?: NCCL)? work: (?P<completed>-?\d+)"
 )
 _SIZED = re.compile(r"\b(?:element|numel|count|shape|size|length|len)s?\b", re.IGNORECASE)
-_NUMBER = re.compile(r"\d+")
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,13 @@ class Gatherer:
         self._frames: dict[str, deque[str]] = {}
         self._phase = ""
         self._t: float | None = None
-        self._counts: dict[int, int] = {}
+        self._counts: dict[str, int] = {}
         self._begun = self._ended = False
         self._after_frame = False
         self._table: dict[str, str] | None = None
+        self._relevance = Relevance()
+        self._may: frozenset[str] = frozenset()
+        """Questions that the line at hand can answer."""
 
     def take_all(self, kept: Iterable[Kept]) -> Facts:
         """All lines, and what became of them."""
@@ -124,6 +127,7 @@ class Gatherer:
     def _piece(self, number: int, text: str) -> None:
         facts = self.facts
         facts.last_line = number
+        self._may = self._relevance.of(text)
         speaker = words.who(text, self._rank, self._host)
         self._t = words.time_of(text) or self._t
         if speaker.rank is None and speaker.key in facts.nccl_ranks:
@@ -132,10 +136,15 @@ class Gatherer:
             facts.ranks.add(speaker.rank)
         if self._is_frame(text, speaker):
             return
-        self._table_line(number, text)
+        if "table" in self._may:
+            self._table_line(number, text)
         self._progress(number, text, speaker)
+        if self._may & _SAYING or any(name.startswith(("signature:", "number:")) for name in self._may):
+            self._said(number, text, speaker)
+
+    def _said(self, number: int, text: str, speaker: words.Who) -> None:
         if not _SOURCE.search(text):
-            facts.numbers |= numbers_in(text)
+            self.facts.numbers |= numbers_in(text, self._may)
             self._event(number, text, speaker)
 
     # ------------------------------------------------------------ tracebacks
@@ -144,16 +153,20 @@ class Gatherer:
         """Whether the line belongs to a traceback's body, which is kept as context and says nothing by itself."""
         if self._after_frame:
             self._after_frame = False
-            if not words.EXCEPTION.search(text) and not words.FRAME.search(text):
+            if not self._asked("exception", words.EXCEPTION, text) and not self._asked("frame", words.FRAME, text):
                 self._stack(speaker).append(text[:300])
                 return True
-        if words.FRAME.search(text):
+        if self._asked("frame", words.FRAME, text):
             self._stack(speaker).append(text[:500])
             self._after_frame = 'File "' in text
             return not words.EXCEPTION.search(text)
-        if words.TRACEBACK.search(text):
+        if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)
         return False
+
+    def _asked(self, name: str, form: re.Pattern[str], text: str) -> re.Match[str] | None:
+        """A search that is only made where the line's words allow a match."""
+        return form.search(text) if name in self._may else None
 
     def _stack(self, speaker: words.Who) -> deque[str]:
         if len(self._frames) > 2_000:
@@ -168,25 +181,26 @@ class Gatherer:
 
     def _event(self, number: int, text: str, speaker: words.Who) -> None:
         found = self._signature(text, speaker)
-        raised = words.EXCEPTION.search(text)
+        raised = self._asked("exception", words.EXCEPTION, text)
         if found is not None:
             if found.role == "advice":
                 return
             self._keep(self._made(found, found.failure_class, found.role, number, text, speaker, raised))
         elif raised and not raised["type"].endswith(("Exit",)):
             self._keep(self._made(None, "app_exception", "initiating", number, text, speaker, raised))
-        elif words.CRASH.search(text):
+        elif self._asked("crash", words.CRASH, text):
             self.facts.crashes.append(self._made(None, "app_exception", "initiating", number, text, speaker, None))
             del self.facts.crashes[16:]
-        elif "rror" in text or "FAILED" in text or "WARN" in text or "fatal" in text:
+        elif "telling" in self._may:
             self.facts.telling.append((number, quote(text)))
         if raised:
             self._frames.pop(speaker.key, None)
 
     def _signature(self, text: str, speaker: words.Who) -> Signature | None:
         context: str | None = None
-        calm = words.CALM.search(text) is not None and not words.EXCEPTION.search(text) and "NCCL WARN" not in text
-        for index, signature in _in_logs():
+        candidates = [one for one in _in_logs() if one[0] in self._may]
+        calm = bool(candidates) and _calm(text)
+        for index, signature in candidates:
             if calm and signature.role == "initiating" and kinds()[signature.failure_class].spoken_of:
                 continue
             if not signature.pattern.search(text) or not signature.holds_for(text):
@@ -214,23 +228,23 @@ class Gatherer:
 
     def _progress(self, number: int, text: str, speaker: words.Who) -> None:
         facts = self.facts
-        if words.END.search(text):
+        if self._asked("end", words.END, text):
             self._ended = True
-        if self._begun and (words.RESTART.search(text) or (self._ended and words.START.search(text))):
+        if self._begun and (self._asked("restart", words.RESTART, text) or (self._ended and self._asked("start", words.START, text))):
             facts.attempts += 1
             self._begun = self._ended = False
-        if phase := words.PHASE.search(text):
+        if phase := self._asked("phase", words.PHASE, text):
             self._phase = phase[0]
-        if nccl := words.NCCL_RANK.search(text):
+        if nccl := self._asked("nccl_rank", words.NCCL_RANK, text):
             facts.world = max(facts.world or 0, int(nccl["world"]))
             facts.nccl_ranks.setdefault(speaker.key, int(nccl["rank"]))
-        if words.GOOD_END.search(text):
+        if self._asked("good_end", words.GOOD_END, text):
             facts.good_ends.append((number, quote(text), facts.attempts))
             del facts.good_ends[:-8]
-        if words.SERVING.search(text):
+        if self._asked("serving", words.SERVING, text):
             facts.serving.append((number, quote(text), facts.attempts))
             del facts.serving[1:-8]
-        if words.HEALTHY.search(text):
+        if self._asked("healthy", words.HEALTHY, text):
             facts.health.append((number, quote(text)))
             del facts.health[8:]
         self._mark(number, text, speaker)
@@ -238,21 +252,21 @@ class Gatherer:
 
     def _mark(self, number: int, text: str, speaker: words.Who) -> None:
         facts = self.facts
-        if found := words.MARK.search(text):
+        if found := self._asked("mark", words.MARK, text):
             step = int(found["step"] or found["bar"])
             if whole := words.TOTAL.search(text, found.start()):
                 facts.total = (int(whole["step"]), int(whole["of"]))
             facts.marks[-1 if speaker.rank is None else speaker.rank] = Mark(
                 step, number, quote(text), self._t, facts.attempts
             )
-        elif speaker.rank is not None and _SIZED.search(text) and len(facts.sized) < 200:
-            template = _NUMBER.sub("#", text)
+        elif speaker.rank is not None and self._asked("sized", _SIZED, text) and len(facts.sized) < 200:
+            template = NUMBER.sub("#", text)
             of_rank = facts.sized.setdefault(template, {})
-            sizes = [one for one in _NUMBER.findall(text) if int(one[:18]) != speaker.rank]
+            sizes = [one for one in NUMBER.findall(text) if int(one[:18]) != speaker.rank]
             of_rank.setdefault(speaker.rank, (",".join(sizes), number, quote(text)))
 
     def _works(self, text: str, speaker: words.Who) -> None:
-        if speaker.rank is None:
+        if speaker.rank is None or "work" not in self._may:
             return
         if work := _SUM.search(text):
             self.facts.last_work[speaker.rank] = (int(work["seq"]), int(work["n"] or 0), work["op"])
@@ -279,13 +293,19 @@ class Gatherer:
                                       table.get("text", ""), self.facts.attempts))  # fmt: skip
 
 
-_IN_LOGS: list[tuple[int, Signature]] = []
+def _calm(text: str) -> bool:
+    """Whether a line is an ordinary message, a setting or a command line."""
+    return bool(words.CALM.search(text)) and not words.EXCEPTION.search(text) and "NCCL WARN" not in text
+
+
+_SAYING = frozenset({"exception", "crash", "telling"})
+_IN_LOGS: list[tuple[str, Signature]] = []
 _SPENT = Signature.model_validate({"class": "no_failure", "any": ["x"], "role": "advice"})
 
 
-def _in_logs() -> list[tuple[int, Signature]]:
+def _in_logs() -> list[tuple[str, Signature]]:
     if not _IN_LOGS:
-        _IN_LOGS.extend((index, one) for index, one in enumerate(signatures()) if "log" in one.where)
+        _IN_LOGS.extend((f"signature:{index}", one) for index, one in enumerate(signatures()) if "log" in one.where)
     return _IN_LOGS
 
 

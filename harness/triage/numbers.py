@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from harness.triage.checks import others
 
@@ -31,7 +31,7 @@ FORMS: Mapping[str, re.Pattern[str]] = {
         "ifname": r"NCCL_SOCKET_IFNAME set (?:by environment )?to (\S{1,40})",
         "ib_peer": r"completion from peer ([\w.:-]{3,60})",
         "joined": r"(\d{1,5}/\d{1,5}) clients joined",
-        "master": r"\(([\w.:-]{3,80}), ?\d{2,5}\)",
+        "master": r"connect to \(?\[?([\w.:-]{3,80}?)(?:, ?|\]:)\d{2,5}\b",
         "library": r"No module named '([\w.]{1,80})'",
         "lora_targets": r"Target modules (.{1,160}?) not found",
         "repository": r"(?:Repo model |gated repo )([\w./-]{3,100}?)(?: is|\.)",
@@ -41,10 +41,10 @@ FORMS: Mapping[str, re.Pattern[str]] = {
 }
 
 
-def numbers_in(text: str) -> dict[str, str]:
-    """What one line states, by the names that next steps use."""
-    found = {name: match[1] for name, form in FORMS.items() if (match := form.search(text))}
-    if held := others(text):
+def numbers_in(text: str, may: Container[str]) -> dict[str, str]:
+    """What one line states, by the names that next steps use; only forms `number:<name>` in `may` are tried."""
+    found = {name: match[1] for name, form in FORMS.items() if f"number:{name}" in may and (match := form.search(text))}
+    if " memory in use" in text and (held := others(text)):
         pid, size = max(held, key=lambda one: one[1])
         found |= {"foreign_pid": str(pid), "foreign_gib": f"{size:.1f} GiB"}
     return found

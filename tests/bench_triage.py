@@ -20,11 +20,13 @@ LINES = (
     "{at} NCCL INFO Channel {c:02d}/16 : 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15\n",
     "{at} NCCL INFO Trees [0] {r}/-1/-1->{n}->-1 [1] {r}/-1/-1->{n}->-1\n",
     "{at} NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/IB [RO]; OOB eth0:10.0.0.{g}<0>\n",
-    "{at} NCCL INFO AllReduce: opCount {c:x} sendbuff 0x7f{r:08x} recvbuff 0x7f{n:08x} count 1048576 datatype 9 op 0 "
-    "root 0 comm 0x{r:x} [nranks=512] stream 0x{n:x}\n",
+    "{at} NCCL INFO AllReduce: opCount {c:x} sendbuff 0x7f{r:08x} recvbuff 0x7f{n:08x} count 1048576 datatype 9 "
+    "op 0 root 0 comm 0x{r:x} [nranks=512] stream 0x{n:x}\n",
 )
-FAILURE = "node-003:1030:5030 [6] transport/net_ib.cc:2100 NCCL WARN NET/IB: Got completion from peer 10.0.0.9<55000> " \
-          "with status=12 opcode=0 len=0 vendor err 129 (Recv)\n"  # fmt: skip
+FAILURE = (
+    "node-003:1030:5030 [6] transport/net_ib.cc:2100 NCCL WARN NET/IB: Got completion from peer 10.0.0.9<55000> "
+    "with status=12 opcode=0 len=0 vendor err 129 (Recv)\n"
+)
 
 
 def write(folder: Path, megabytes: int, ranks: int, files: int) -> int:
@@ -58,8 +60,10 @@ def main() -> None:
         memory_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
         grep_s, _ = _timed(["grep", "-rc", "Error", name])
     rate = size / 1e6 / triage_s
-    print(f"{size / 1e6:.0f} MB, {ranks} ranks, {files} files: {triage_s:.1f} s, exit {code}, {memory_mb:.0f} MB of memory")
-    print(f"{rate:.0f} MB/s, so 1 GB in {1000 / rate:.1f} s; grep -c: {grep_s:.2f} s, the ratio is {triage_s / grep_s:.0f}")
+    given = f"{size / 1e6:.0f} MB, {ranks} ranks, {files} files"
+    print(f"{given}: {triage_s:.1f} s, exit {code}, {memory_mb:.0f} MB of memory")
+    ratio = triage_s / grep_s
+    print(f"{rate:.0f} MB/s, so 1 GB in {1000 / rate:.1f} s; grep -c takes {grep_s:.2f} s, a ratio of {ratio:.0f}")
 
 
 def _timed(command: list[str]) -> tuple[float, int]:

@@ -59,3 +59,14 @@ def _inside(code: Any, argument: Any) -> Set:
 
 def _branches(each: list[Set]) -> Set:
     return frozenset().union(*each) if all(one and min(map(len, one)) > 0 for one in each) else frozenset()
+
+
+def either(words: Iterable[str]) -> str:
+    """A regular expression for any of `words` that shares their beginnings, which makes it many times faster."""
+    branches: dict[str, list[str]] = {}
+    for word in sorted(set(words)):
+        branches.setdefault(word[:1], []).append(word[1:])
+    if "" in branches:
+        return ""
+    parts = [re.escape(first) + either(rest) for first, rest in branches.items()]
+    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"

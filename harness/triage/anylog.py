@@ -15,7 +15,8 @@ from harness.triage.judge import Files, judge
 from harness.triage.reading import Source, sources
 
 BINARY_SHARE = 0.02
-"""Of zero bytes in a file's first block: beyond it the file is no text."""
+"""Of control bytes in a file's first block: beyond it the file is no text."""
+_CONTROL = bytes(set(range(32)) - set(b"\t\n\r\b\f\x1b"))
 
 
 def triage(paths: Sequence[Path]) -> LogVerdict:
@@ -33,7 +34,8 @@ def triage(paths: Sequence[Path]) -> LogVerdict:
             left_out.append(source.name)
     if not facts and not dumps:
         named = ", ".join(left_out[:3]) or ", ".join(map(str, paths))
-        raise HarnessError(f"nothing that can be read as a log: {named}", "Give text logs, archives of them, or Flight Recorder dumps.")  # fmt: skip
+        hint = "Give text logs, archives of them, or Flight Recorder dumps."
+        raise HarnessError(f"nothing that can be read as a log: {named}", hint)
     notes = (f"not text, left out: {', '.join(left_out[:5])}",) if left_out else ()
     return judge(Files(tuple(facts), tuple(dumps), notes))
 
@@ -61,7 +63,7 @@ def _text(head: bytes, blocks: Iterator[bytes]) -> Iterator[bytes] | None:
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return (block.decode("utf-16", "replace").encode() for block in blocks)
     sample = head[:262_144]
-    return blocks if sample.count(0) <= BINARY_SHARE * len(sample) else None
+    return blocks if len(sample) - len(sample.translate(None, _CONTROL)) <= BINARY_SHARE * len(sample) else None
 
 
 def as_json(verdict: LogVerdict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import deque
 from collections.abc import Iterable
@@ -23,7 +24,8 @@ LAST_LINES = 12
 
 _SPLIT = re.compile(r"\r|\x1b\[[0-9;?]{0,20}[A-Za-z]|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)")
 _SOURCE = re.compile(
-    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\(|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#"
+    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\("
+    r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#"
 )
 _FAILED_FIRST = re.compile(r"first observed failure")
 _TABLE_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6})\b")
@@ -115,6 +117,8 @@ class Gatherer:
         for number, line in kept:
             self.take(number, line)
         self._close_table()
+        for mark in self.facts.marks.values():
+            mark.text = quote(mark.text)
         return self.facts
 
     def take(self, number: int, line: bytes) -> None:
@@ -198,12 +202,10 @@ class Gatherer:
 
     def _signature(self, text: str, speaker: words.Who) -> Signature | None:
         context: str | None = None
-        candidates = [one for one in _in_logs() if one[0] in self._may]
-        calm = bool(candidates) and _calm(text)
-        for index, signature in candidates:
-            if calm and signature.role == "initiating" and kinds()[signature.failure_class].spoken_of:
-                continue
+        for index, signature in _candidates(self._may):
             if not signature.pattern.search(text) or not signature.holds_for(text):
+                continue
+            if signature.role == "initiating" and kinds()[signature.failure_class].spoken_of and _calm(text):
                 continue
             if signature.looks_around:
                 context = self._context(text, speaker) if context is None else context
@@ -216,8 +218,21 @@ class Gatherer:
     def _made(self, signature: Signature | None, failure_class: str, role: Role, number: int, text: str,
               speaker: words.Who, raised: re.Match[str] | None) -> Event:  # fmt: skip
         at = signature.pattern.search(text) if signature else raised
-        return Event(failure_class, role, signature, self.facts.file, number, quote(text, at.start() if at else 0), speaker,
-                     words.gpu_of(text) or speaker.gpu, self._t, self.facts.attempts, raised["type"] if raised else "")  # fmt: skip
+        said, kind = quote(text, at.start() if at else 0), raised["type"] if raised else ""
+        gpu = words.gpu_of(text) or speaker.gpu
+        return Event(
+            failure_class,
+            role,
+            signature,
+            self.facts.file,
+            number,
+            said,
+            speaker,
+            gpu,
+            self._t,
+            self.facts.attempts,
+            kind,
+        )
 
     def _keep(self, event: Event) -> None:
         self._begun = True
@@ -230,7 +245,9 @@ class Gatherer:
         facts = self.facts
         if self._asked("end", words.END, text):
             self._ended = True
-        if self._begun and (self._asked("restart", words.RESTART, text) or (self._ended and self._asked("start", words.START, text))):
+        if self._begun and (
+            self._asked("restart", words.RESTART, text) or (self._ended and self._asked("start", words.START, text))
+        ):
             facts.attempts += 1
             self._begun = self._ended = False
         if phase := self._asked("phase", words.PHASE, text):
@@ -299,14 +316,15 @@ def _calm(text: str) -> bool:
 
 
 _SAYING = frozenset({"exception", "crash", "telling"})
-_IN_LOGS: list[tuple[str, Signature]] = []
 _SPENT = Signature.model_validate({"class": "no_failure", "any": ["x"], "role": "advice"})
+"""Stands for a signature that was found so often that more of it tells nothing."""
 
 
-def _in_logs() -> list[tuple[str, Signature]]:
-    if not _IN_LOGS:
-        _IN_LOGS.extend((f"signature:{index}", one) for index, one in enumerate(signatures()) if "log" in one.where)
-    return _IN_LOGS
+@functools.lru_cache(maxsize=4096)
+def _candidates(may: frozenset[str]) -> tuple[tuple[str, Signature], ...]:
+    """The signatures that a line may hold, in the order in which they are tried."""
+    named = ((f"signature:{index}", one) for index, one in enumerate(signatures()))
+    return tuple((name, one) for name, one in named if name in may)
 
 
 def quote(text: str, at: int = 0) -> str:

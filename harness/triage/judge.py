@@ -114,7 +114,7 @@ def _first(files: Files, candidates: Sequence[Event]) -> Event:
 
 
 def _says_more(other: Event, first: Event) -> bool:
-    """Whether a later exception of a chain names the cause better: any known one, or an adapter that was sought there."""
+    """Whether a later exception of a chain names the cause better: a known one, or an adapter that was sought."""
     if first.signature is None:
         return other.signature is not None
     return first.failure_class == "hub_access" and other.failure_class == "peft_config"
@@ -385,7 +385,8 @@ def _clock(t: float | None) -> str | None:
         return None
     days, seconds = divmod(t, 86_400)
     month, day = divmod(int(days) - 1, 31)
-    return f"{month + 1:02d}-{day + 1:02d} {int(seconds) // 3600:02d}:{int(seconds) % 3600 // 60:02d}:{int(seconds) % 60:02d}"
+    minutes, second = divmod(int(seconds), 60)
+    return f"{month + 1:02d}-{day + 1:02d} {minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 def _earlier(files: Files) -> tuple[str, ...]:

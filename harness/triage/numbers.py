@@ -20,7 +20,8 @@ FORMS: Mapping[str, re.Pattern[str]] = {
         "free_gib": r"Free memory on device [^(\n]{0,20}\((\d[\d.]*)/",
         "total_gib": r"Free memory on device [^(\n]{0,20}\(\d[\d.]*/(\d[\d.]*)",
         "seq_len": rf"(?:max_seq_len(?:gth)?|max_seq_length|cutoff_len|block_size|max_length){_SET}(\d{{2,9}})\b",
-        "micro_batch": rf"(?:per_device_train_batch_size|micro_batch(?:_size)?|Instantaneous batch size per device){_SET}(\d{{1,6}})\b",
+        "micro_batch": r"(?:per_device_train_batch_size|micro_batch(?:_size)?|Instantaneous batch size per device)"
+        rf"{_SET}(\d{{1,6}})\b",
         "eval_batch": rf"per_device_eval_batch_size{_SET}(\d{{1,6}})\b",
         "grad_accum": rf"(?:gradient_accumulation_steps|Gradient Accumulation steps){_SET}(\d{{1,6}})\b",
         "max_num_seqs": rf"max[_-]num[_-]seqs{_SET}(\d{{1,6}})\b",

@@ -6,6 +6,7 @@ Nothing is unpacked to disk, no link is followed out of a folder, and what is in
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import io
 import lzma
@@ -49,10 +50,8 @@ class Source:
     @property
     def rank(self) -> int | None:
         """The rank whose file it is, as its name says."""
-        found = None
-        for found in _RANK_IN_NAME.finditer(self.name):
-            pass
-        return int(next(group for group in found.groups() if group)) if found else None
+        found = list(_RANK_IN_NAME.finditer(self.name))[-1:]
+        return int(next(group for group in found[0].groups() if group)) if found else None
 
     @property
     def host(self) -> str | None:
@@ -62,14 +61,19 @@ class Source:
 
     def blocks(self) -> Iterator[bytes]:
         """Its bytes, a few megabytes at a time; a damaged end is as if the file ended there."""
-        left = MAX_UNPACKED_BYTES
+        left, block = MAX_UNPACKED_BYTES, bytearray()
         try:
             with closing(self.open()) as file:
-                while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
-                    left -= len(block)
-                    yield block
+                while left > 0 and (piece := file.read1(min(BLOCK_BYTES, left))):  # type: ignore[attr-defined]
+                    left -= len(piece)
+                    block += piece
+                    if len(block) >= BLOCK_BYTES:
+                        yield bytes(block)
+                        block.clear()
         except _BROKEN:
-            return
+            pass  # what came before the damage counts
+        if block:
+            yield bytes(block)
 
 
 def sources(paths: Sequence[Path]) -> Iterator[Source]:
@@ -108,7 +112,11 @@ def _opened(name: str, file: Path) -> Iterator[Source]:
     if _is_tar(file, unpack, head):
         yield from _members(name, file)
     else:
-        yield Source(name, (lambda: unpack(file)) if unpack else (lambda: open(file, "rb")), size)
+        yield Source(name, functools.partial(unpack or _plain, file), size)
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def _unpacker(head: bytes) -> Callable[[Path], IO[bytes]] | None:
@@ -127,8 +135,7 @@ def _zstd(path: Path) -> IO[bytes]:
     try:
         from compression import zstd  # type: ignore[import-not-found]
     except ImportError:
-        raise HarnessError(f"{path}: Python {os.sys.version_info.major}.{os.sys.version_info.minor} cannot unpack zstd",  # type: ignore[attr-defined]
-                           f"Unpack it first: zstd -d {path}") from None  # fmt: skip
+        raise HarnessError(f"{path}: this Python cannot unpack zstd", f"Unpack it first: zstd -d {path}") from None
     return zstd.open(path, "rb")  # type: ignore[no-any-return]
 
 

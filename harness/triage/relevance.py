@@ -20,7 +20,8 @@ NUMBER = re.compile(r"\d+")
 _WORDS: Mapping[str, tuple[str, ...]] = {
     "frame": ('File "', ".py in "),
     "traceback": ("Traceback", ".py in "),
-    "exception": ("Error", "Exception", "Interrupt", "Exit", "Failure", "Failed", "Timeout", "exceptions.", "exception.",
+    "exception": ("Error", "Exception", "Interrupt", "Exit", "Failure", "Failed", "Timeout", "exceptions.",
+    "exception.",
                   "errors.", "error."),
     "crash": ("Segmentation fault", "SIGSEGV", "core dumped", "Fatal Python", "terminate called", "Caught signal",
               "exitcode", "exit code #", "signal #", "SIGABRT", "Aborted ("),
@@ -39,7 +40,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
 
 
 def _literals() -> dict[str, tuple[str, ...]]:
-    found = {name: words for name, words in _WORDS.items()}
+    found = dict(_WORDS)
     for name in ("PHASE", "RESTART", "START", "END"):
         found[name.lower()] = anchors([getattr(vocabulary, name).pattern])
     for name, form in numbers.FORMS.items():

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from harness.triage import vocabulary
-from harness.triage.anchors import anchors
+from harness.triage.anchors import anchors, either
 from harness.triage.signature import signatures
 
 BLOCK_BYTES = 4 << 20
@@ -20,6 +20,9 @@ MAX_LINE_BYTES = 16_384
 PIECE_BYTES = 4_096
 MAX_PIECES = 8
 
+MAX_DULL = 100_000
+_DIGITS = b"0123456789"
+_NUMBERS = re.compile(r"\d+")
 _CHATTER = re.compile(rb"(?:[^ \n]{1,200} \[\d{1,3}\] NCCL INFO [^\n]*\n)+")
 _CHATTER_MARK = b"] NCCL INFO "
 _TELLING = (b"closed", b"rror", b" fail", b"Fail", b" nranks ", b"IFNAME", b"bort", b"Init COMPLETE")
@@ -30,14 +33,16 @@ Kept = tuple[int, bytes]
 
 @functools.cache
 def _literals() -> re.Pattern[bytes]:
+    """The literals without their digits: they are looked for in lines without digits."""
     patterns = [one for signature in signatures() if "log" in signature.where for one in signature.any]
     words = anchors([*patterns, *vocabulary.PATTERNS])
-    return re.compile(b"|".join(re.escape(word.encode()) for word in words))
+    return re.compile(either(_NUMBERS.sub("", word) for word in words).encode())
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[Kept]:
     """The lines worth a look, in order; a line longer than a block counts as pieces of the same number."""
     number, rest = 1, b""
+    dull: set[bytes] = set()
     for chunk in chunks:
         block = rest + chunk
         end = block.rfind(b"\n") + 1
@@ -45,14 +50,14 @@ def lines(chunks: Iterable[bytes]) -> Iterator[Kept]:
             rest = block
             continue
         end = end or len(block)
-        yield from _of_block(block[:end], number)
+        yield from _of_block(block[:end], number, dull)
         number += block.count(b"\n", 0, end)
         rest = block[end:]
     if rest:
-        yield from _of_block(rest, number)
+        yield from _of_block(rest, number, dull)
 
 
-def _of_block(block: bytes, number: int) -> Iterator[Kept]:
+def _of_block(block: bytes, number: int, dull: set[bytes]) -> Iterator[Kept]:
     position = 0
     found: Iterable[tuple[int, int]]
     while position < len(block):
@@ -61,7 +66,7 @@ def _of_block(block: bytes, number: int) -> Iterator[Kept]:
             end, found = chatter.end(), _telling(block, position, chatter.end())
         else:
             end = _end_of_plain(block, position)
-            found = _hits(block, position, end)
+            found = _hits(block, position, end, dull)
         last = position
         for start, stop in found:
             number += block.count(b"\n", last, start)
@@ -90,20 +95,24 @@ def _telling(block: bytes, start: int, end: int) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def _hits(block: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Bounds of lines that hold a literal; after a frame of a traceback also its line of source."""
-    search = _literals().search
-    while (hit := search(block, start, end)) is not None:
-        bounds = _bounds(block, hit.start(), start, end)
-        yield bounds
-        start = bounds[1] + 1
-        if b'File "' in block[bounds[0] : bounds[1]] and start < end:
-            stop = block.find(b"\n", start, end)
-            stop = end if stop < 0 else stop
-            yield start, stop
-            start = stop + 1
-        if start >= end:
-            return
+def _hits(block: bytes, start: int, end: int, dull: set[bytes]) -> Iterator[tuple[int, int]]:
+    """Bounds of lines that hold a literal; after a frame of a traceback also its line of source.
+
+    A log repeats few sentences with other numbers, so those that hold none are remembered in `dull`.
+    """
+    search, after_frame = _literals().search, False
+    for line in block[start:end].split(b"\n"):
+        stop = start + len(line)
+        sentence = line.translate(None, _DIGITS)
+        if after_frame or sentence not in dull:
+            if after_frame or search(sentence):
+                yield start, stop
+                after_frame = b'File "' in line
+            else:
+                dull.add(sentence)
+        start = stop + 1
+    if len(dull) > MAX_DULL:
+        dull.clear()
 
 
 def _bounds(block: bytes, at: int, start: int, end: int) -> tuple[int, int]:
@@ -117,7 +126,7 @@ def _cut(number: int, line: bytes) -> Iterator[Kept]:
         return
     at = 0
     for _ in range(MAX_PIECES):
-        hit = _literals().search(line, at)
+        hit = _literals().search(line, at)  # those with digits are not found here, which only costs a piece
         if not hit:
             return
         start = max(at, hit.start() - PIECE_BYTES // 4)

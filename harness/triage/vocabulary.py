@@ -8,7 +8,8 @@ from dataclasses import dataclass
 FRAME = re.compile(r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\(')
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
 EXCEPTION = re.compile(
-    r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit|Failure|Failed|Timeout)"
+    r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit"
+    r"|Failure|Failed|Timeout)"
     r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?)\.[A-Z]\w{0,60})"
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
@@ -17,7 +18,8 @@ CRASH = re.compile(
     r"|exitcode\s*: -(?:6|11|7|8|4)\b|\bexit code (?:139|134)\b|signal 11\b|\bSIGABRT\b|Aborted \("
 )
 PHASE = re.compile(
-    r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training|Evaluation|Prediction)"
+    r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training"
+    r"|Evaluation|Prediction)"
     r"|Saving model checkpoint to|[Cc]apturing CUDA graph|[Cc]apture cuda graph|[Ss]tarting profile run"
 )
 RESTART = re.compile(
@@ -34,41 +36,59 @@ END = re.compile(
     r"|Application shutdown complete|exits with return code|Shutting down|EADDRINUSE|Job step aborted|SystemExit"
 )
 MARK = re.compile(
-    r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b"
+    r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch"
+    r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
 TOTAL = re.compile(r"(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
-    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
-    r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All|all (?:ranks|tests|workers)) "
-    r"(?:is |has |was |run |job |ranks |tests )?(?:complete|completed|COMPLETED?|finished|done|succeeded|successful|successfully|passed|ended (?:normally|successfully))\b"
-    r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code|status):? ?0\b|\(code=0\)"
+    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget"
+    r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
+    r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All"
+    r"|all (?:ranks|tests|workers)) "
+    r"(?:is |has |was |run |job |ranks |tests )?(?:complete|completed|COMPLETED?|finished|done|succeeded"
+    r"|successful|successfully|passed|ended (?:normally|successfully))\b"
+    r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code"
+    r"|status):? ?0\b|\(code=0\)"
     r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|exiting with code 0"
-    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish|[Mm]odel saved (?:to|in|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
+    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish|[Mm]odel saved (?:to|in"
+    r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
 SERVING = re.compile(
-    r"Application startup complete|Application shutdown complete|Uvicorn running on|The server is fired up|HTTP/[12][.\d]{0,2}\" [24]\d\d"
+    r"Application startup complete|Application shutdown complete|Uvicorn running on|The server is fired up"
+    r"|HTTP/[12][.\d]{0,2}\" [24]\d\d"
 )
 HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Init COMPLETE|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
 CALM = re.compile(
-    r"(?:^|[\s\[(|])(?:INFO|DEBUG|WARNING|WARN|NOTICE|info|warning)\b(?!\S*[Ee]rror)|\w*Warning: |--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
+    r"(?:^|[\s\[(|])(?:INFO|DEBUG|WARNING|WARN|NOTICE|info|warning)\b(?!\S*[Ee]rror)|\w*Warning: "
+    r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
 )
 """Ordinary messages, settings and command lines."""
 NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 
 PATTERNS = (
-    r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout", "Segmentation fault",
-    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal", r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
-    "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running", "Saving model checkpoint",
-    "CUDA graph", "cuda graph", "profile run", "restart", "equeue", "REQUEUE", "API server version", "Restart", "ttempt",
-    "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs", "[Ss]tep", "STEP",
-    "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete", "COMPLETE",
-    "finished", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values", "Avg bus bandwidth",
+    r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
+    "Segmentation fault",
+    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
+    r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
+    "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running",
+    "Saving model checkpoint",
+    "CUDA graph", "cuda graph", "profile run", "restart", "equeue", "REQUEUE", "API server version", "Restart",
+    "ttempt",
+    "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs",
+    "[Ss]tep", "STEP",
+    "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
+    "COMPLETE",
+    "finished", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
+    "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
-    r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :", "first observed failure",
+    r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
+    "first observed failure",
     "mbatch", "micro_batch", "batch_size", "batch size", "max_length", "max_seq", "cutoff_len", "max_model_len",
-    "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation", "learning_rate",
-    r"\[rank", r"\[default", "heartbeat", "elements", "numel", "Numel", "FAILED", "Failed", "WARN", "FATAL", "fatal", "Xid",
+    "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation",
+    "learning_rate",
+    r"\[rank", r"\[default", "heartbeat", "elements", "numel", "Numel", "FAILED", "Failed", "WARN", "FATAL",
+    "fatal", "Xid",
 )  # fmt: skip
 """Literals of all the above (and of `numbers`), as patterns that `anchors` can read."""
 
@@ -85,7 +105,8 @@ class Who:
 
 
 _RANK = re.compile(
-    r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
+    r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]"
+    r"|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
     r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
     r"|\[\d{1,4},(?P<g>\d{1,6})\]<std|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
 )
@@ -97,7 +118,8 @@ _HOST = re.compile(
     r"|\bnode=(?P<f>[\w.-]{1,200})|IP: (?P<g>[\d.]{7,15})"
 )
 _GPU = re.compile(
-    r"GPU (?P<a>\d{1,3})\b|PCI:(?P<b>[0-9a-fA-F:.]{7,16})|GPU (?P<c>[0-9A-F]{8}:[0-9A-F:.]{7})|cuda:(?P<d>\d{1,3})|GPU at PCI:(?P<e>\S{7,16})"
+    r"GPU (?P<a>\d{1,3})\b|PCI:(?P<b>[0-9a-fA-F:.]{7,16})|GPU (?P<c>[0-9A-F]{8}:[0-9A-F:.]{7})"
+    r"|cuda:(?P<d>\d{1,3})|GPU at PCI:(?P<e>\S{7,16})"
 )
 _HEAD_CHARS = 260
 

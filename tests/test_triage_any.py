@@ -146,8 +146,8 @@ def test_silence_is_evidence(tmp_path: Path) -> None:
 def test_numbers_of_the_log_stand_in_the_next_step(tmp_path: Path) -> None:
     log = (
         "ValueError: To serve at least one request with the model's max seq len (131072), (16.0 GiB KV cache is "
-        "needed, which is larger than the available KV cache memory (9.3 GiB). Based on the available memory, the estimated "
-        "maximum model length is 76256."
+        "needed, which is larger than the available KV cache memory (9.3 GiB). Based on the available memory, the "
+        "estimated maximum model length is 76256."
     )
     assert "131072 -> 76256" in of(tmp_path, log=log).next.step
     log = 'python train.py --max_seq_length 8192\n[rank0]:   File "/x/m.py", line 1, in forward\n' + OOM.format(gpu=0)
@@ -249,6 +249,13 @@ def test_an_endless_line_and_many_errors_are_read_in_time(tmp_path: Path) -> Non
         log="KeyError loss error x" * 200_000 + "\n" + OOM.format(gpu=0) + "\n" + "RuntimeError: odd\n" * 20_000,
     )
     assert found.failure_class == "oom_gpu_forward"
+
+
+def test_a_number_decides_after_many_lines_that_differ_in_it_alone(tmp_path: Path) -> None:
+    calm = "\n".join(f"[ {index}.0] NVRM: Xid (PCI:0000:3b:00): 13, pid=7" for index in range(300))
+    assert of(tmp_path, log=f"{calm}\n[ 999.0] NVRM: Xid (PCI:0000:3b:00): 79, pid=7").failure_class == "hw_gpu_fault"
+    tried = "\n".join(f"try {index}: os error 4, again" for index in range(300))
+    assert of(tmp_path, log=f"{tried}\ntry 300: os error 28, giving up").failure_class == "storage_full"
 
 
 # ---------------------------------------------------------------- what a person sees

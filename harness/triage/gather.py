@@ -196,7 +196,7 @@ class Gatherer:
             self.facts.crashes.append(self._made(None, "app_exception", "initiating", number, text, speaker, None))
             del self.facts.crashes[16:]
         elif "telling" in self._may:
-            self.facts.telling.append((number, quote(text)))
+            self.facts.telling.append((number, text))
         if raised:
             self._frames.pop(speaker.key, None)
 
@@ -256,13 +256,13 @@ class Gatherer:
             facts.world = max(facts.world or 0, int(nccl["world"]))
             facts.nccl_ranks.setdefault(speaker.key, int(nccl["rank"]))
         if self._asked("good_end", words.GOOD_END, text):
-            facts.good_ends.append((number, quote(text), facts.attempts))
+            facts.good_ends.append((number, text, facts.attempts))
             del facts.good_ends[:-8]
         if self._asked("serving", words.SERVING, text):
-            facts.serving.append((number, quote(text), facts.attempts))
+            facts.serving.append((number, text, facts.attempts))
             del facts.serving[1:-8]
         if self._asked("healthy", words.HEALTHY, text):
-            facts.health.append((number, quote(text)))
+            facts.health.append((number, text))
             del facts.health[8:]
         self._mark(number, text, speaker)
         self._works(text, speaker)
@@ -274,13 +274,13 @@ class Gatherer:
             if whole := words.TOTAL.search(text, found.start()):
                 facts.total = (int(whole["step"]), int(whole["of"]))
             facts.marks[-1 if speaker.rank is None else speaker.rank] = Mark(
-                step, number, quote(text), self._t, facts.attempts
+                step, number, text, self._t, facts.attempts
             )
         elif speaker.rank is not None and self._asked("sized", _SIZED, text) and len(facts.sized) < 200:
             template = NUMBER.sub("#", text)
             of_rank = facts.sized.setdefault(template, {})
             sizes = [one for one in NUMBER.findall(text) if int(one[:18]) != speaker.rank]
-            of_rank.setdefault(speaker.rank, (",".join(sizes), number, quote(text)))
+            of_rank.setdefault(speaker.rank, (",".join(sizes), number, text[:QUOTE_CHARS]))
 
     def _works(self, text: str, speaker: words.Who) -> None:
         if speaker.rank is None or "work" not in self._may:

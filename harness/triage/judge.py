@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from harness.schema import ClaimStatus, Culprit, Evidence, LogVerdict, NextStep, Role, TimelineEvent
 from harness.triage import advice, blame, recorder
 from harness.triage.blame import NOBODY, Blame
-from harness.triage.gather import Event, Facts
+from harness.triage.gather import Event, Facts, quote
 from harness.triage.numbers import with_steps
 from harness.triage.signature import kinds
+from harness.triage.vocabulary import clock
 
 MAX_EVIDENCE = 8
 MAX_TIMELINE = 24
@@ -146,7 +147,7 @@ def _sizes_differ(files: Files, crashes: Sequence[Event] = ()) -> LogVerdict | N
     for facts in files.facts:
         for said in facts.sized.values():
             if len(said) > 1 and len({size for size, _, _ in said.values()}) > 1 and _only_one_odd_sentence(facts):
-                lines = [Evidence(file=facts.file, line=line, text=text, role="initiating")
+                lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating")
                          for _, line, text in list(said.values())[:4]]  # fmt: skip
                 return _verdict(files, "coll_mismatch", "hypothesis", NOBODY,
                                 [*lines, *(_evidence(one, "cascade") for one in crashes[:2])])  # fmt: skip
@@ -265,31 +266,34 @@ def _teardown(files: Files) -> LogVerdict | None:
 
 
 def _good(files: Files) -> LogVerdict | None:
-    ends = [
-        (facts, line, text)
-        for facts in files.facts
-        for line, text, attempt in facts.good_ends
-        if attempt == facts.attempts
-    ]
-    serving = [
-        (facts, line, text)
-        for facts in files.facts
-        for line, text, attempt in facts.serving
-        if attempt == facts.attempts
-    ]
-    done = [(facts, mark.line, mark.text) for facts in files.facts for mark in facts.marks.values()
-            if facts.total and facts.total[0] >= facts.total[1] > 0 and mark.attempt == facts.attempts]  # fmt: skip
-    health = [(facts, line, text) for facts in files.facts for line, text in facts.health]
+    """A good end, where the log goes on no further; a server that answers, or a healthy report of the hardware."""
+    every = [(facts, end) for facts in files.facts for end in facts.good_ends if end[2] == facts.attempts]
+    ends = [(facts, end) for facts, end in every if _at_the_end(facts, end[0])]
+    serving = [(facts, end) for facts in files.facts for end in facts.serving if end[2] == facts.attempts]
+    done = [(facts, (mark.line, mark.text)) for facts in files.facts for mark in facts.marks.values()
+            if _all_steps(facts) and mark.attempt == facts.attempts]  # fmt: skip
+    health = [(facts, said) for facts in files.facts for said in facts.health]
     found = ends or serving or done or health
     if not found:
         return None
     status: ClaimStatus = "established" if ends else "supported"
-    lines = [Evidence(file=facts.file, line=line, text=text, role="advice") for facts, line, text in found[-3:]]
+    lines = [Evidence(file=facts.file, line=said[0], text=quote(said[1]), role="advice") for facts, said in found[-3:]]
     return _verdict(files, "no_failure", status, NOBODY, lines)
 
 
+def _at_the_end(facts: Facts, line: int) -> bool:
+    """Whether no step follows: what is said to be complete while steps go on is not the run."""
+    last = max((mark.line for mark in facts.marks.values() if mark.attempt == facts.attempts), default=0)
+    return line >= last or _all_steps(facts)
+
+
+def _all_steps(facts: Facts) -> bool:
+    """Whether the last count of steps is at its total."""
+    return facts.total is not None and facts.total[0] >= facts.total[1] > 0
+
+
 def _unknown(files: Files) -> LogVerdict:
-    lines = [Evidence(file=facts.file, line=line, text=text, role="advice")
+    lines = [Evidence(file=facts.file, line=line, text=quote(text), role="advice")
              for facts in files.facts for line, text in list(facts.telling)[-3:] if text]  # fmt: skip
     return _verdict(files, "unknown", "unknown", NOBODY, lines[:MAX_EVIDENCE])
 
@@ -374,19 +378,10 @@ def _timeline(files: Files) -> tuple[TimelineEvent, ...]:
     for one in files.events:
         found.setdefault((one.failure_class, one.role, one.who.rank), one)
     return tuple(
-        TimelineEvent(time=_clock(one.t), rank=one.who.rank, host=one.who.host, failure_class=one.failure_class,
+        TimelineEvent(time=clock(one.t), rank=one.who.rank, host=one.who.host, failure_class=one.failure_class,
                       role=one.role, file=one.file, line=one.line, text=one.text[:200])
         for one in list(found.values())[:MAX_TIMELINE]
     )  # fmt: skip
-
-
-def _clock(t: float | None) -> str | None:
-    if t is None:
-        return None
-    days, seconds = divmod(t, 86_400)
-    month, day = divmod(int(days) - 1, 31)
-    minutes, second = divmod(int(seconds), 60)
-    return f"{month + 1:02d}-{day + 1:02d} {minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"
 
 
 def _earlier(files: Files) -> tuple[str, ...]:

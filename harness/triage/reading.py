@@ -37,6 +37,8 @@ _RANK_IN_NAME = re.compile(
 _HOST_IN_NAME = re.compile(
     r"(?:^|[/._-])(?P<host>(?:node|host|worker|gpu|ip|nid|pod)-?[\w-]{0,60}\d[\w-]{0,40})(?=[./]|$)"
 )
+_EVENTS = re.compile(r"events\.rank\d{1,6}\.jsonl")
+_JOB_LOG = re.compile(rf".*\.log|nvidia-smi\.txt|nccl_trace_rank_.*|{_EVENTS.pattern}")
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,24 @@ def _files(path: Path) -> Iterator[Path]:
         return
     for folder, folders, names in os.walk(path, followlinks=False):
         folders.sort()
+        if "job.json" in names and "ticket.json" in names:
+            names, folders[:] = _logs_of_a_job(names), [name for name in folders if name == "logs"]
         for name in sorted(names):
             file = Path(folder) / name
             if file.is_file() and not file.is_symlink():
                 yield file
+
+
+def _logs_of_a_job(names: list[str]) -> list[str]:
+    """Of the files in a job directory of ours, what its programs said; settings and samples would be misread."""
+    return [name for name in names if _JOB_LOG.fullmatch(name) and name not in ("pids.log", "supervisor.log")]
+
+
+def _errors_and_ends(path: Path) -> IO[bytes]:
+    """An event file in which every other line is empty, so that the numbers of its lines stay."""
+    told = (b'"kind":"error"', b'"kind":"end"')
+    with path.open("rb") as lines:
+        return io.BytesIO(b"".join(line if any(word in line for word in told) else b"\n" for line in lines))
 
 
 def _opened(name: str, file: Path) -> Iterator[Source]:
@@ -108,7 +124,7 @@ def _opened(name: str, file: Path) -> Iterator[Source]:
         size = file.stat().st_size
     except OSError as error:
         raise HarnessError(f"{file}: {error.strerror}", "Make it readable, or leave it out.") from error
-    unpack = _unpacker(head)
+    unpack = _errors_and_ends if _EVENTS.fullmatch(file.name) else _unpacker(head)
     if _is_tar(file, unpack, head):
         yield from _members(name, file)
     else:

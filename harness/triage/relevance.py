@@ -32,7 +32,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "telling": ("rror", "FAILED", "WARN", "fatal"),
     "good_end": ("train_runtime", "Do not forget", "stopped: `max_", "omplete", "COMPLETE", "inished", "done", "ucce",
                  "SUCCEEDED", "passed", "code", "status", "Out of bounds values", "Avg bus bandwidth", "agent_finish",
-                 "saved", "Saved", "Serving Benchmark", "ended "),
+                 "saved", "Saved", "Serving Benchmark", "ended ", '"kind":"end"'),
     "serving": ("startup complete", "shutdown complete", "Uvicorn running", "fired up", "HTTP/"),
     "healthy": ("Pass", "ECC Errors", "Init COMPLETE", "Xid Errors", "healthy"),
     "nccl_rank": ("nranks",),

@@ -42,7 +42,7 @@ MARK = re.compile(
 )
 TOTAL = re.compile(r"(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
-    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget"
+    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|\"kind\":\"end\""
     r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
     r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All"
     r"|all (?:ranks|tests|workers)) "
@@ -169,3 +169,13 @@ def time_of(line: str) -> float | None:
 def _seconds(month: int, found: re.Match[str]) -> float:
     clock = int(found["h"]) * 3600 + int(found["mi"]) * 60 + float(found["s"].replace(",", "."))
     return ((month - 1) * 31 + int(found["d"])) * 86_400 + clock
+
+
+def clock(t: float | None) -> str | None:
+    """What `time_of` gave, as `MM-DD HH:MM:SS`."""
+    if t is None:
+        return None
+    days, seconds = divmod(t, 86_400)
+    month, day = divmod(int(days) - 1, 31)
+    minutes, second = divmod(int(seconds), 60)
+    return f"{month + 1:02d}-{day + 1:02d} {minutes // 60:02d}:{minutes % 60:02d}:{second:02d}"

@@ -134,7 +134,11 @@ def test_silence_is_evidence(tmp_path: Path) -> None:
     found = of(
         tmp_path,
         log="\n".join(
-            [*steps, "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-03-01T10:00:00 DUE TO TIME LIMIT ***"]
+            [
+                *steps,
+                "2: slurmstepd: error: *** STEP 7.1 ON n1 CANCELLED AT 2026-03-01T10:00:00 ***",
+                "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-03-01T10:00:00 DUE TO TIME LIMIT ***",
+            ]
         ),
     )
     assert found.failure_class == "coll_timeout"

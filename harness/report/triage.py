@@ -73,9 +73,9 @@ def _short(text: str) -> str:
 
 def _timeline(events: tuple[TimelineEvent, ...]) -> RenderableType:
     table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False)
-    for width in (16, 9, 11):
-        table.add_column(width=width, no_wrap=True)
-    table.add_column(overflow="ellipsis", no_wrap=True)
+    for width in (14, 8, 10):
+        table.add_column(min_width=width, no_wrap=True)
+    table.add_column(overflow="ellipsis", no_wrap=True, ratio=1)
     for event in events[:MAX_TIMELINE_ROWS]:
         rank = f"rank {event.rank}" if event.rank is not None else ""
         style = ROLE_STYLE[event.role]

@@ -106,7 +106,7 @@ class Gatherer:
         self._t: float | None = None
         self._counts: dict[str, int] = {}
         self._begun = self._ended = False
-        self._after_frame = False
+        self._after_frame = self._stopping = False
         self._table: dict[str, str] | None = None
         self._relevance = Relevance()
         self._may: frozenset[str] = frozenset()
@@ -132,6 +132,7 @@ class Gatherer:
         facts = self.facts
         facts.last_line = number
         self._may = self._relevance.of(text)
+        self._stopping = self._stopping or words.SHUTDOWN in text
         speaker = words.who(text, self._rank, self._host)
         self._t = words.time_of(text) or self._t
         if speaker.rank is None and speaker.key in facts.nccl_ranks:
@@ -187,7 +188,7 @@ class Gatherer:
         found = self._signature(text, speaker)
         raised = self._asked("exception", words.EXCEPTION, text)
         if found is not None:
-            if found.role == "advice":
+            if found.role == "advice" or (self._stopping and found.weak and found.role == "cascade"):
                 return
             self._keep(self._made(found, found.failure_class, found.role, number, text, speaker, raised))
         elif raised and not raised["type"].endswith(("Exit",)):

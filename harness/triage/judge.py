@@ -101,7 +101,8 @@ def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
         return ended and on
-    return ended or on or any(line > event.line for line, _, _ in facts.serving)
+    answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
+    return ended or on or answered
 
 
 def _first(files: Files, candidates: Sequence[Event]) -> Event:

@@ -97,7 +97,7 @@ def _files(path: Path) -> Iterator[Path]:
         return
     for folder, folders, names in os.walk(path, followlinks=False):
         folders.sort()
-        if "job.json" in names and "ticket.json" in names:
+        if any(map(_EVENTS.fullmatch, names)):
             names, folders[:] = _logs_of_a_job(names), [name for name in folders if name == "logs"]
         for name in sorted(names):
             file = Path(folder) / name

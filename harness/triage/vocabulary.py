@@ -37,7 +37,7 @@ END = re.compile(
 )
 MARK = re.compile(
     r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch"
-    r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b"
+    r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
 TOTAL = re.compile(r"(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
@@ -66,7 +66,10 @@ CALM = re.compile(
 """Ordinary messages, settings and command lines."""
 NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 
+SHUTDOWN = "[shutdown] "
+"""vLLM's own word before each line of an orderly end; what breaks off after the first is part of it."""
 PATTERNS = (
+    r"\[shutdown\] ", '"kind":"end"',
     r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",

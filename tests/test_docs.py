@@ -1,0 +1,39 @@
+"""What the documents say is true of the program."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from harness import cli, matrix
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "harness" / "ARCHITECTURE.md"]
+
+
+def test_the_matrix_in_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "readme.yaml"
+    path.write_text(text)
+    plan = matrix.load(path)
+    assert len(plan.cases) + len(plan.skips) == 3 * 2 * 3 + 1 + 2 + 2
+    assert {case.kind for case in plan.cases} == {"train", "serve", "chain"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "matrices").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_matrix_here_can_be_planned(path: Path) -> None:
+    plan = matrix.load(path)
+    assert plan.name == path.stem
+    assert plan.cases
+
+
+def test_every_verb_stands_in_the_readme() -> None:
+    verbs = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert set(re.findall(r"^harness ([a-z]+) ", README, re.MULTILINE)) == verbs
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link

@@ -523,7 +523,7 @@ def test_what_the_server_states_and_takes_is_recorded(measured: Path) -> None:
 @pytest.mark.server
 def test_the_server_is_gone_at_the_end(measured: Path) -> None:
     assert [event["name"] for event in of_kind(measured, "phase") if event["state"] == "end"] == [
-        "prepare", "start_server", "bench", "bench", "bench", "smoke", "stop_server",
+        "prepare", "start_server", "smoke", "bench", "bench", "bench", "stop_server",
     ]  # fmt: skip
     assert read_events(measured)[-1]["kind"] == "end"
     nothing_left(measured)

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from harness import observe
 from harness.events import EventLog
 from harness.logs import split
-from harness.schema import Case, Diagnosis, Observation, Outcome, Record
+from harness.schema import Case, Diagnosis, Observation, Outcome, Record, case_id
 from harness.triage import diagnose
 from harness.triage.advice import fill
 from harness.triage.hits import in_log
@@ -396,3 +396,17 @@ def test_a_large_log_is_read_in_time() -> None:
     log = "[rank3]: INFO NET/IB : Using [0]mlx5_0:1/RoCE connection, optimizer.step KeyError\n" * 20_000
     assert failed(CASE, log=log + OOM).failure_class == "oom_gpu_forward"
     assert failed(CASE, log=log + frames("run_backward") + OOM).failure_class == "oom_gpu_backward"
+
+
+def test_a_load_point_measured_before_the_server_died_is_a_measurement(tmp_path: Path) -> None:
+    log = EventLog(str(tmp_path), 0)
+    measured, lost = records.serve_case(concurrency=1), records.serve_case(concurrency=8)
+    log.write("start", rank=0, world_size=1)
+    log.write("ready", ready_s=30.0)
+    log.write("smoke", case_id=None, ok=True, latency_s=0.4, generated_tokens=8, text="hm", checks={})
+    point = {"concurrency": 1, "input_len": 8, "output_len": 8, "requests": 4, "completed": 4, "failed": 0}
+    log.write("load_point", case_id=case_id(measured), duration_s=2.0, output_tokens=32, **point)
+    log.write("error", phase="bench", type="ServerDied", message="ended by signal 9", traceback="")
+    log._file.close()
+    assert diagnose(measured, [FAILED], observe.observe(measured, [tmp_path]), "") is None
+    assert diagnose(lost, [FAILED], observe.observe(lost, [tmp_path]), "") is not None

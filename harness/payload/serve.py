@@ -1,6 +1,6 @@
 """Serve and measure: `python -m harness.payload.serve job.json`, in the job directory.
 
-Prepare the model, start a vLLM server, put each case's load on it, ask the smoke request, stop the server and prove
+Prepare the model, start a vLLM server, ask the smoke request, put each case's load on it, stop the server and prove
 that it is gone. Standard library only: whatever needs vLLM or transformers is a process of its own.
 """
 
@@ -62,16 +62,19 @@ def main(arguments: list[str]) -> int:
 
 
 def _measure(session: Session) -> None:
-    """The order. A load point that fails leaves the others their chance; anything else ends the job."""
+    """The order: the smoke request first, so that a load point is complete as soon as it is measured.
+
+    A load point that fails leaves the others their chance; anything else ends the job.
+    """
     try:
         with session.phase("prepare"):
             served = _prepare(session)
         with session.phase("start_server"):
             _start_server(session, served)
-        for entry in session.job["cases"]:
-            _try_load(session, served, entry["id"], entry["case"])
         with session.phase("smoke"):
             _smoke(session, served)
+        for entry in session.job["cases"]:
+            _try_load(session, served, entry["id"], entry["case"])
     finally:
         session.ending.ignore()
         try:

@@ -180,13 +180,13 @@ def run_serving(script: Script, cases: Sequence[tuple[str, ServeCase]]) -> None:
     script.end(1, "start_server", 31.0)
     script.write(0, "ready", ready_s=31.0, weights_bytes=None if first.device == "cpu" else 17 * GIB,
                  kv_cache_bytes=GIB, kv_cache_tokens=58_240, facts={"vllm": "0.32.0+cpu", "eager": True})  # fmt: skip
-    for name, case in cases:
-        script.phase(1, "bench", 11.0)
-        script.write(0, "load_point", **_load_point(case, name))
     script.phase(1, "smoke", 0.8)
     checks = {"json_well_formed": True, "thinking_obeyed": True, "tokens_generated": True}
     if first.adapter != "none":
         checks["adapter_differs_from_base"] = True
     script.write(0, "smoke", case_id=None, ok=True, latency_s=0.42, generated_tokens=24, text="Hello.", checks=checks)
+    for name, case in cases:
+        script.phase(1, "bench", 11.0)
+        script.write(0, "load_point", **_load_point(case, name))
     script.write(0, "server_memory", peak_rss_bytes=3_200 * MIB)
     script.phase(1, "stop_server", 1.5)

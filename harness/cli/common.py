@@ -1,0 +1,46 @@
+"""What the verbs share: the application, common options, and printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Bench and diagnose fine-tuning and serving of NVIDIA's Nemotron Nano models.",
+)
+
+Matrix = Annotated[Path, typer.Argument(help="A matrix file (YAML).")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a machine.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
+Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches this shell pattern.")]
+Backend = Annotated[str, typer.Option("--backend", help="Who starts the jobs: local, or replay:RUN_DIRECTORY.")]
+Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv or found.")]
+
+
+def console() -> Console:
+    """The terminal, without guesses at what to colour."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def show_parts(*parts: RenderableType) -> None:
+    """Print each part."""
+    out = console()
+    for part in parts:
+        out.print(part)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value."""
+    print(json.dumps(value, indent=1, ensure_ascii=False))

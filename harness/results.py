@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness import report, store
 from harness.errors import HarnessError
+from harness.files import write_atomically
 from harness.schema import Record
 
 
@@ -53,7 +54,7 @@ def make_report(directories: Sequence[store.Run], out: Path | None) -> list[Path
     if len(runs) == 1:
         return [page]
     table = page.with_suffix(".csv")
-    store.write_atomically(table, report.comparison_csv(runs[0], runs[1]))
+    write_atomically(table, report.comparison_csv(runs[0], runs[1]))
     return [page, table]
 
 

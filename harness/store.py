@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from harness import __version__, schema
 from harness.errors import HarnessError
+from harness.files import write_atomically
 from harness.schema import Environment, Outcome, Plan, Record, Ticket
 
 T = TypeVar("T", bound=BaseModel)
@@ -41,20 +42,6 @@ class RunInfo(schema.Frozen):
     backend: str
     box: str
     environments: tuple[Environment, ...] = ()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old file or the new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_value(path: Path, kind: type[T], version: int) -> T:

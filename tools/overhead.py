@@ -18,6 +18,7 @@ from typing import Any
 
 from harness import launch, matrix, observe, schema, session, store, triage
 from harness.errors import HarnessError
+from harness.files import write_atomically
 from harness.payload.sampler import SWITCH
 from harness.schema import Frozen
 from harness.summary import Spread, summarize
@@ -212,8 +213,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
         pairs = measure_pairs(once, arguments.pairs, say)
         result = report(case, found.provenance_of(case), pairs)
-        store.write_atomically(arguments.out / "overhead.json", json.dumps(result, indent=1) + "\n")
-        store.write_atomically(arguments.out / "overhead.md", table(result))
+        write_atomically(arguments.out / "overhead.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(arguments.out / "overhead.md", table(result))
     return result
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter
 
 from harness.schema.base import Frozen
+from harness.schema.ladders import Frontier, LadderAsked
 
 Method = Literal["lora", "qlora", "full"]
 Strategy = Literal["none", "ddp", "fsdp"]
@@ -72,6 +73,8 @@ class TrainCase(CaseBase):
     """`synthetic`, or an absolute path of a JSONL file with one `messages` conversation per line."""
     memory_cap_gib: float | None = Field(None, ge=1, le=1024)
     """Each GPU behaves like one of this size; what is measured so says what fits, never how fast."""
+    nodes: int = Field(1, ge=1)
+    """Hosts that the ranks are spread over evenly: `devices / nodes` on each."""
 
 
 class ServeCase(CaseBase):
@@ -94,6 +97,11 @@ class ServeCase(CaseBase):
     def devices(self) -> int:
         """GPUs that the server takes."""
         return self.tensor_parallel
+
+    @property
+    def nodes(self) -> int:
+        """Hosts that a server takes: one."""
+        return 1
 
 
 LOAD_FIELDS = frozenset({"concurrency", "input_len", "output_len", "requests", "repeat", *NOT_IDENTITY})
@@ -122,9 +130,45 @@ class ChainCase(Frozen):
         """Devices of the larger half."""
         return max(self.train.devices, self.serve.devices)
 
+    @property
+    def nodes(self) -> int:
+        """Hosts of the larger half."""
+        return max(self.train.nodes, self.serve.nodes)
 
-Case = Annotated[TrainCase | ServeCase | ChainCase, Field(discriminator="kind")]
-CASE: TypeAdapter[TrainCase | ServeCase | ChainCase] = TypeAdapter(Case)
+
+class ProbeCase(Frozen):
+    """A short all-reduce over given ranks, interface and P2P setting: is it the network, and how fast is it.
+
+    Over gloo on a CPU and over NCCL on GPUs; no model, so no variant.
+    """
+
+    kind: Literal["probe"] = "probe"
+    device: DeviceType = "cuda"
+    devices: int = Field(2, ge=1)
+    """Ranks over all nodes: one per GPU, or processes on a CPU."""
+    nodes: int = Field(1, ge=1)
+    interface: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,30}$")
+    """The network interface that ranks must use; `None` leaves the choice to what a case of that device gets."""
+    p2p: bool = True
+    """May GPUs of one host copy to each other directly."""
+    sizes_bytes: tuple[Annotated[int, Field(ge=4, le=2**34)], ...] = Field(
+        (2**10, 2**14, 2**18, 2**22, 2**26), min_length=1, max_length=32
+    )
+    """Of the reduced buffer on each rank, in fp32: whole multiples of 4."""
+    iterations: int = Field(20, ge=1, le=500)
+    """Timed all-reduces of each size, after warm-up."""
+    debug: bool = False
+    """The libraries' own logs as full as they get, and PyTorch's checks of each collective."""
+    repeat: int = Field(0, ge=0)
+    """Index of this repetition of an otherwise equal case."""
+    time_limit_s: float = Field(300.0, gt=0)
+    stall_s: float = Field(60.0, gt=0)
+    """Seconds without an event of any rank after which the case is ended as stalled."""
+
+
+AnyCase = TrainCase | ServeCase | ChainCase | ProbeCase
+Case = Annotated[AnyCase, Field(discriminator="kind")]
+CASE: TypeAdapter[AnyCase] = TypeAdapter(Case)
 
 
 @cache
@@ -152,19 +196,29 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def case_id(case: TrainCase | ServeCase | ChainCase) -> str:
+def case_id(case: AnyCase) -> str:
     """A readable slug and a hash of what differs from the first-version defaults; safe as a file name."""
     return f"{_slug(case)}-{fingerprint(_identity(case))}"
 
 
-def _slug(case: TrainCase | ServeCase | ChainCase) -> str:
+def _slug(case: AnyCase) -> str:
+    if isinstance(case, ProbeCase):
+        return _probe_slug(case)
     if isinstance(case, ChainCase):
         return f"chain-{case.variant}-{case.train.method}-{case.serve.adapter.split('/')[-1]}"
     if isinstance(case, ServeCase):
         return f"serve-{case.variant}-tp{case.tensor_parallel}-c{case.concurrency}-i{case.input_len}-o{case.output_len}"
     place = f"{case.strategy}{case.devices}" if case.strategy != "none" else "one"
     cap = "" if case.memory_cap_gib is None else f"-cap{case.memory_cap_gib:g}"
-    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}{cap}"
+    nodes = "" if case.nodes == 1 else f"-n{case.nodes}"
+    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}{nodes}{cap}"
+
+
+def _probe_slug(case: ProbeCase) -> str:
+    backend = "gloo" if case.device == "cpu" else "nccl"
+    nodes = f"x{case.nodes}nodes" if case.nodes > 1 else ""
+    marks = (case.interface, None if case.p2p else "nop2p", "debug" if case.debug else None)
+    return "-".join([f"probe-{backend}{case.devices}{nodes}", *(mark.replace(":", "_") for mark in marks if mark)])
 
 
 class Skip(Frozen):
@@ -187,3 +241,6 @@ class Plan(Frozen):
     matrix_sha256: str
     cases: tuple[Case, ...]
     skips: tuple[Skip, ...]
+    ladders: dict[str, LadderAsked] = {}
+    """By case id, what may be tried after the case failed."""
+    frontiers: tuple[Frontier, ...] = ()

@@ -7,6 +7,7 @@ from typing import Literal
 from harness.schema.base import Frozen
 from harness.schema.cases import Case
 from harness.schema.jobs import EnvironmentName, Outcome
+from harness.schema.ladders import LadderEnd, Rung
 from harness.schema.observations import Observation
 from harness.schema.verdicts import Diagnosis
 
@@ -94,6 +95,10 @@ class Record(Frozen):
     attempts: tuple[Attempt, ...] = ()
     parent: str | None = None
     """Id of the case that a ladder or a search made this one from."""
+    rung: Rung | None = None
+    """How a ladder made this case from its parent."""
+    ladder_end: LadderEnd | None = None
+    """Why the ladder that was asked for goes no further from here."""
     provenance: Provenance | None = None
     finished_at: float
     """Unix seconds."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from harness import boxes
-from harness.boxes.installed import Installed
 from harness.boxes.variables import allowed
 from harness.boxes.venv import VenvBox, read_lock
 from harness.errors import HarnessError
+from harness.installed import Installed
 from harness.schema import Job
 
 JOB = Job(

@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
-from harness.boxes.installed import installed
 from harness.boxes.variables import allowed
 from harness.errors import HarnessError
+from harness.installed import installed
 from harness.schema import Command, Environment, EnvironmentName, Job
 
 VARIABLE = "HARNESS_PYTHON"

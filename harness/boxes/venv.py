@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import harness
-from harness.boxes.installed import Installed, installed, normalised
 from harness.boxes.variables import allowed
 from harness.errors import HarnessError
+from harness.installed import Installed, installed, normalised
 from harness.schema import Command, Environment, EnvironmentName, Job
 
 LOCKS = ("cpu.txt", "cuda.txt")

@@ -38,6 +38,8 @@ class Base(Frozen):
     """What made it: `tools/base`, or the NAME@sha256:... that a user gave."""
     packages_sha256: str | None = None
     """Of the list of its packages, where `tools/base` made it."""
+    build_digest: Digest | None = None
+    """Image id of the same with a compiler, for builder stages."""
 
 
 class Image(Frozen):

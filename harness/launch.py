@@ -14,18 +14,20 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 from harness import catalog
 from harness.schema import (
     LOAD_FIELDS,
+    AnyCase,
     ChainCase,
     DeviceType,
     EnvironmentName,
     Job,
     Mount,
+    ProbeCase,
     ServeCase,
     TrainCase,
     case_id,
     fingerprint,
 )
 
-Case = TrainCase | ServeCase | ChainCase
+Case = AnyCase
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -118,10 +120,11 @@ def _train_job(case: TrainCase, job_id: str, named: str, keep: str) -> Job:
         environment="train",
         case_ids=(named,),
         argv=_train_argv(case),
-        env=_env(case.device, case.devices, "train"),
+        env=_env(case.device, case.devices, "train", case.nodes),
         mounts=_mounts(case.weights, case.data),
         device=case.device,
         devices=case.devices,
+        nodes=case.nodes,
         time_limit_s=case.time_limit_s,
         stall_s=case.stall_s,
         files={ACCELERATE_FILE: accelerate_config(case)} if case.device == "cuda" else {},
@@ -156,6 +159,8 @@ def _serve_job(cases: Sequence[tuple[str, ServeCase]], job_id: str, model: dict[
 
 def _train_argv(case: TrainCase) -> tuple[str, ...]:
     script = ("-m", "harness.payload.train", "job.json")
+    if case.nodes > 1:
+        return (*_node_launcher(case), *script)
     if case.device == "cuda":
         tee = ("--log_dir", "logs", "--tee", "3") if case.devices > 1 else ()
         return ("python", "-m", "accelerate.commands.launch", "--config_file", ACCELERATE_FILE, *tee, *script)
@@ -164,8 +169,23 @@ def _train_argv(case: TrainCase) -> tuple[str, ...]:
     return ("python", "-m", "torch.distributed.run", "--standalone", ranks, *logs, *script)
 
 
+def _node_launcher(case: TrainCase) -> tuple[str, ...]:
+    """What runs once on each of several nodes; torchrun's c10d rendezvous, held by the first node.
+
+    accelerate takes the address and this node's number by its own options, and hands all of it to torchrun.
+    """
+    logs = ("--log_dir", "logs/{node}")
+    if case.device == "cuda":
+        place = ("--machine_rank", "{node_rank}", "--main_process_ip", "{head}", "--main_process_port", "{port}")
+        launcher = ("python", "-m", "accelerate.commands.launch", "--config_file", ACCELERATE_FILE)
+        return (*launcher, *place, *logs, "--tee", "3")
+    meeting = ("--rdzv_backend=c10d", "--rdzv_endpoint={head}:{port}", "--rdzv_id={meeting}")
+    ranks = (f"--nnodes={case.nodes}", f"--nproc_per_node={case.devices // case.nodes}")
+    return ("python", "-m", "torch.distributed.run", *ranks, *meeting, *logs, "--redirects", "3")
+
+
 def accelerate_config(case: TrainCase) -> str:
-    """The text of the file that `accelerate launch --config_file` takes, for the GPUs of one host.
+    """The text of the file that `accelerate launch --config_file` takes, for the GPUs of each host.
 
     Where fp32 values are trained (adapters, or master weights), bf16 is computed by autocast. A full fine-tune of bf16
     parameters needs no cast, and under `mixed_precision: bf16` FSDP2 would turn them into fp32 (accelerate 1.15,
@@ -176,14 +196,15 @@ def accelerate_config(case: TrainCase) -> str:
         "compute_environment": "LOCAL_MACHINE",
         **catalog.strategies()[case.strategy].accelerate,
         "mixed_precision": "bf16" if casts else "no",
-        "num_machines": 1,
+        "num_machines": case.nodes,
         "num_processes": case.devices,
         "machine_rank": 0,
         # Any free port: several cases share a host.
         "main_process_port": 0,
         "main_training_function": "main",
-        "rdzv_backend": "static",
-        "same_network": True,
+        "rdzv_backend": "static" if case.nodes == 1 else "c10d",
+        # Not as one network: accelerate 1.15 then gives torchrun an endpoint instead of a fixed master.
+        "same_network": case.nodes == 1,
         "use_cpu": False,
         "debug": False,
         "enable_cpu_affinity": False,
@@ -200,14 +221,14 @@ def _quoted(value: Any) -> Any:
     return DoubleQuotedScalarString(value) if isinstance(value, str) else value
 
 
-def _env(device: DeviceType, ranks: int, environment: EnvironmentName) -> dict[str, str]:
+def _env(device: DeviceType, ranks: int, environment: EnvironmentName, nodes: int = 1) -> dict[str, str]:
     found = dict(COMMON)
     if environment == "train":
         found["OMP_NUM_THREADS"] = (THREADS_ALONE if ranks == 1 else THREADS_TOGETHER)[device]
     if device == "cpu":
         found |= ON_CPU
     if ranks > 1:
-        found |= CPU_RANKS if device == "cpu" else GPU_RANKS
+        found |= GPU_RANKS if device == "cuda" else CPU_RANKS if nodes == 1 else {}
     return dict(sorted(found.items()))
 
 

@@ -54,6 +54,14 @@ def test_job_of_each_strategy(strategy: str, device: str, snapshot: SnapshotAsse
     assert text(job(changed(TRAIN, strategy=strategy, devices=devices, device=device))) == snapshot
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_job_of_several_nodes(device: str, snapshot: SnapshotAssertion) -> None:
+    found = job(changed(TRAIN, strategy="ddp", devices=4, nodes=2, device=device))
+    assert (found.nodes, found.devices) == (2, 4)
+    assert "GLOO_SOCKET_IFNAME" not in found.env  # `lo` joins no two hosts
+    assert text(found) == snapshot
+
+
 @pytest.mark.parametrize("method", get_args(Method))
 def test_job_of_each_method(method: str, snapshot: SnapshotAssertion) -> None:
     assert text(job(changed(TRAIN, method=method))) == snapshot

@@ -234,6 +234,7 @@ TRAIN = "variant: nano-9b-v2, method: lora, seq_len: 64"
 BROKEN = {
     "strategy_needs_several_devices": f"train: {{{TRAIN}, strategy: fsdp}}",
     "several_devices_need_a_strategy": f"train: {{{TRAIN}, devices: 2}}",
+    "devices_uneven_over_nodes": f"train: {{{TRAIN}, strategy: ddp, devices: 8, nodes: 3}}",
     "seq_len_over_limit": "train: {variant: nano-9b-v2, method: lora, seq_len: 131073}",
     "qlora_under_fsdp": "train: {variant: nano-9b-v2, method: qlora, seq_len: 64, strategy: fsdp, devices: 2}",
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: fsdp, devices: 2, optimizer: adamw_8bit}}",
@@ -252,6 +253,7 @@ BROKEN = {
 SOUND = {
     "strategy_needs_several_devices": f"train: {{{TRAIN}, strategy: fsdp, devices: 2}}",
     "several_devices_need_a_strategy": f"train: {{{TRAIN}, strategy: ddp, devices: 8}}",
+    "devices_uneven_over_nodes": f"train: {{{TRAIN}, strategy: ddp, devices: 8, nodes: 2}}",
     "seq_len_over_limit": "train: {variant: nano-9b-v2, method: lora, seq_len: 131072}",
     "qlora_under_fsdp": "train: {variant: nano-9b-v2, method: qlora, seq_len: 64, strategy: ddp, devices: 2}",
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: ddp, devices: 2, optimizer: adamw_8bit}}",

@@ -145,7 +145,7 @@ COMMON: dict[str, Read] = {
 """Keys of every block."""
 
 TRAIN_ONLY: dict[str, Read] = {
-    **_of(TrainCase, "method", "seq_len", "micro_batch", "grad_accum", "devices", "strategy"),
+    **_of(TrainCase, "method", "seq_len", "micro_batch", "grad_accum", "devices", "nodes", "strategy"),
     **_of(TrainCase, "activation_checkpointing", "optimizer", "learning_rate", "lora_rank", "lora_alpha"),
     "lora_targets": _targets,
     **_of(TrainCase, "attention", "steps", "warmup_steps"),

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from harness import catalog
-from harness.schema import CaseBase, ChainCase, ServeCase, TrainCase
+from harness.schema import AnyCase, CaseBase, ChainCase, ProbeCase, ServeCase, TrainCase
 
-Case = TrainCase | ServeCase | ChainCase
+Case = AnyCase
 
 REFUSED_TARGETS = ("out_proj", "conv1d")
 """peft refuses them on nemotron_h, where the fused Mamba kernel reads out_proj.weight directly (seen, peft 0.21)."""
@@ -42,6 +42,13 @@ def several_devices_need_a_strategy(case: TrainCase) -> str | None:
     most = catalog.strategies()[case.strategy].max_devices
     if most is not None and case.devices > most:
         return f"{case.devices} devices need a strategy that uses them: ddp or fsdp."
+    return None
+
+
+def devices_uneven_over_nodes(case: TrainCase) -> str | None:
+    """Ranks that cannot be spread evenly."""
+    if case.devices % case.nodes:
+        return f"{case.devices} devices cannot be spread evenly over {case.nodes} nodes."
     return None
 
 
@@ -165,6 +172,7 @@ def full_has_no_adapter(case: ChainCase) -> str | None:
 TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     strategy_needs_several_devices,
     several_devices_need_a_strategy,
+    devices_uneven_over_nodes,
     seq_len_over_limit,
     qlora_under_fsdp,
     eight_bit_optimizer_under_fsdp,

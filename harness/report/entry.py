@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.report.words import TIMES, digits, one_line, plural
-from harness.schema import NOT_IDENTITY, ChainCase, Record, ServeCase, TrainCase
+from harness.schema import NOT_IDENTITY, AnyCase, ChainCase, ProbeCase, Record, ServeCase, TrainCase
 from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
 
-Case = TrainCase | ServeCase | ChainCase
+Case = AnyCase
 
 NOISY = 0.10
 """Coefficient of variation of the step time from which a case is called noisy (our own threshold)."""
@@ -115,8 +115,12 @@ def _comparable(case: Case) -> Comparable:
         field = name.split(".")[-1]
         method = fields.get(name.removesuffix(field) + "method")
         if field not in IN_COLUMNS and not (field.startswith("lora") and method == "full"):
-            found[(case.kind, name, case.variant if field == "lora_targets" else "")] = value
+            found[(case.kind, name, _variant(case) if field == "lora_targets" else "")] = value
     return found
+
+
+def _variant(case: Case) -> str:
+    return "" if isinstance(case, ProbeCase) else case.variant
 
 
 def _usual_values(found: Sequence[Comparable]) -> Comparable:
@@ -140,8 +144,9 @@ def _plain(value: Any) -> str:
 
 
 def place(case: TrainCase) -> str:
-    """Where a training case runs: `1 device`, `ddp`, its devices."""
-    return f"{case.strategy} {TIMES} {case.devices}" if case.strategy != "none" else plural(case.devices, "device")
+    """Where a training case runs: `1 device`, `ddp`, its devices, and its nodes where they are several."""
+    nodes = f" on {case.nodes} nodes" if case.nodes > 1 else ""
+    return f"{case.strategy} {TIMES} {case.devices}{nodes}" if case.strategy != "none" else plural(case.devices, "device")
 
 
 def label(case: Case) -> str:

@@ -19,11 +19,16 @@ class Mount(Frozen):
     writable: bool = False
 
 
+RENDEZVOUS = ("{head}", "{port}", "{meeting}", "{node_rank}", "{node}")
+"""Address of the first node, a port on it, a word that all nodes of the job share, this node's number and name."""
+
+
 class Job(Frozen):
     """One process group to start: argv for inside a box, and what it may use.
 
     `argv[0]` is the bare name `python`; a box puts the interpreter of its environment there. The working directory is
     the job's own directory, which is also the only place it writes to; `payload` is written there as `job.json`.
+    On several nodes `argv` may hold the words of `RENDEZVOUS`, which a backend that spans nodes fills in on each.
     """
 
     id: str
@@ -34,6 +39,9 @@ class Job(Frozen):
     mounts: tuple[Mount, ...] = ()
     device: DeviceType
     devices: int
+    """Of all nodes together."""
+    nodes: int = 1
+    """Hosts to spread them over evenly; on more than one, the launcher runs once on each of them."""
     time_limit_s: float
     stall_s: float
     files: dict[str, str] = {}

@@ -165,7 +165,7 @@ def test_hashes_of_other_pythons_are_added_to_one_requirement_and_sorted(relock:
     assert relock.add_hashes(made, extra) == made
 
 
-@pytest.mark.parametrize("lock", [*ROOT.glob("tools/requirements/*.txt"), *ROOT.glob("images/*/cpu.txt")], ids=str)
+@pytest.mark.parametrize("lock", [*ROOT.glob("tools/requirements/*.txt"), *ROOT.glob("images/*/*.txt")], ids=str)
 def test_every_requirement_of_every_lock_has_a_hash_and_no_host(lock: Path, relock: ModuleType) -> None:
     text = lock.read_text()
     entries = re.split(r"\n(?=\S)", text.strip())

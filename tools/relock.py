@@ -10,6 +10,8 @@ from pathlib import Path
 from environments import PLACES, ROOT, TORCH_INDEX, must, pip_settings, uv_environment
 
 TORCH_WHEELS = ROOT / "tools/requirements/torch.sha256"
+IN_IMAGES_ALONE = ("build/tools.txt", "train/build-cuda.txt", "train/cuda.txt", "serve/cuda.txt")
+"""Locks under images/ that no environment of this checkout is made from."""
 COMPILE = ("--universal", "--python-version", "3.11", "--generate-hashes", "--no-emit-index-url", "--no-header", "-q")
 
 
@@ -54,7 +56,7 @@ def compile_lock(lock: Path, arguments: Sequence[str]) -> None:
     settings = pip_settings()
     override = lock.with_suffix(".override")
     argv: list[str | Path] = [PLACES["uv"].directory / "bin/uv", "--directory", lock.parent, "pip", "compile", *COMPILE]
-    if lock.parent.parent.name == "images":
+    if lock.name == "cpu.txt":  # for a CUDA build these places would win: 2.13.0+cpu counts as newer than 2.13.0
         links = settings.get("find-links", "").split()
         argv += [f"--find-links={where}" for where in links] or [f"--index={TORCH_INDEX}"]
     if override.exists():
@@ -67,10 +69,15 @@ def versions(lock: str) -> list[str]:
     return [line.rstrip(" \\") for line in lock.splitlines() if line[:1].strip() and not line.startswith("#")]
 
 
+def locks() -> list[Path]:
+    """Every lock of this checkout, each once."""
+    return [*dict.fromkeys(place.lock for place in PLACES.values()), *(ROOT / "images" / n for n in IN_IMAGES_ALONE)]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Refresh every lock; print the versions that changed, or that none did."""
     extra = wheel_hashes(TORCH_WHEELS.read_text())
-    for lock in dict.fromkeys(place.lock for place in PLACES.values()):
+    for lock in locks():
         before = lock.read_text() if lock.exists() else ""
         compile_lock(lock, arguments)
         after = add_hashes(lock.read_text(), extra)

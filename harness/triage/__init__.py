@@ -1,6 +1,8 @@
-"""Names what failed, who began it, and what to change first."""
+"""Names what failed, who began it, what to change first, and which case to try next."""
 
 from harness.triage.anylog import as_json, triage
+from harness.triage.ladder import Next, Tried, next_rung
+from harness.triage.rungs import Means
 from harness.triage.verdict import diagnose
 
-__all__ = ["as_json", "diagnose", "triage"]
+__all__ = ["Means", "Next", "Tried", "as_json", "diagnose", "next_rung", "triage"]

@@ -238,6 +238,7 @@ BROKEN = {
     "seq_len_over_limit": "train: {variant: nano-9b-v2, method: lora, seq_len: 131073}",
     "qlora_under_fsdp": "train: {variant: nano-9b-v2, method: qlora, seq_len: 64, strategy: fsdp, devices: 2}",
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: fsdp, devices: 2, optimizer: adamw_8bit}}",
+    "cpu_offload_without_fsdp": f"train: {{{TRAIN}, strategy: ddp, devices: 2, cpu_offload: true}}",
     "optimizer_needs_gpu": f"train: {{{TRAIN}, device: cpu, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, device: cpu, attention: flash_attention_2}}",
     "memory_cap_needs_gpu": f"train: {{{TRAIN}, device: cpu, memory_cap_gib: 24}}",
@@ -257,6 +258,7 @@ SOUND = {
     "seq_len_over_limit": "train: {variant: nano-9b-v2, method: lora, seq_len: 131072}",
     "qlora_under_fsdp": "train: {variant: nano-9b-v2, method: qlora, seq_len: 64, strategy: ddp, devices: 2}",
     "eight_bit_optimizer_under_fsdp": f"train: {{{TRAIN}, strategy: ddp, devices: 2, optimizer: adamw_8bit}}",
+    "cpu_offload_without_fsdp": f"train: {{{TRAIN}, strategy: fsdp, devices: 2, cpu_offload: true}}",
     "optimizer_needs_gpu": f"train: {{{TRAIN}, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, attention: flash_attention_2}}",
     "memory_cap_needs_gpu": f"train: {{{TRAIN}, memory_cap_gib: 24}}",
@@ -322,7 +324,10 @@ MISTAKES = [
     (f"train: {{{LORA}, stall: 0s}}", ":3: stall: must be more than 0 seconds, not '0s'"),
     (f"train: {{{LORA}, steps: 5}}", ":3: 5 warmup_steps leave nothing of 5 steps to measure"),
     (f"train: {{{LORA}, steps: [40, 8], warmup_steps: [2, 8]}}", ":3: 8 warmup_steps leave nothing of 8 steps"),
-    (f"train: {{{LORA}, ladder: oom}}", ":3: ladder: 'oom' is not supported yet"),
+    (f"train: {{{LORA}, ladder: up}}", ":3: ladder: 'up' is not one of off, oom, nccl, both"),
+    (f"train: {{{LORA}, ladder: [oom]}}", ":3: ladder: one value for the whole block, not a list"),
+    (f"train: {{{LORA}, frontier: seq_len}}", ":3: frontier: seq_len has too few values to search"),
+    (f"train: {{{LORA}, frontier: variant}}", ":3: frontier: 'variant' is not one of seq_len, micro_batch"),
     (f"train: {{{LORA}, data: mine.jsonl}}", "is neither synthetic nor a JSONL file: there is no "),
     (f"train: {{{LORA}, weights: radnom}}", "(did you mean random?)"),
     (f"train: {{{LORA}, lora_targets: in_proj}}", ":3: lora_targets: must be a list of module names, not 'in_proj'"),
@@ -338,8 +343,8 @@ MISTAKES = [
     (f"train: {{{ON_CPU} method: lora, seq_len: [8, 9], include: [{{seed: 1}}]}}", "must say which 'seq_len'"),
     (f"train: {{{ON_CPU} method: lora}}", ":3: a train block needs 'seq_len'"),
     ("train: 5", ":3: a train block must be a mapping of keys to values, not 5"),
-    ("train: []", ":1: a matrix needs at least one block under train, serve or chain"),
-    ("defaults: {}", ":1: a matrix needs at least one block under train, serve or chain"),
+    ("train: []", ":1: a matrix needs at least one block under train, serve, chain or probe"),
+    ("defaults: {}", ":1: a matrix needs at least one block under train, serve, chain or probe"),
     (f"serve: {{{ON_CPU} load: [{{concurency: 1}}]}}", "unknown key 'concurency' in load (did you mean concurrency?)"),
     (f"serve: {{{ON_CPU} load: 5}}", ":3: load must be a mapping of keys to values, not 5"),
     (f"serve: {{{ON_CPU} adapter: merged}}", ":3: adapter: merged is what a chain has trained"),
@@ -441,3 +446,45 @@ def test_the_quickstart_shows_every_kind_on_a_cpu() -> None:
     assert any(isinstance(case, ChainCase) for case in plan.cases)
     assert {skip.rule for skip in plan.skips} == {"strategy_needs_several_devices", "moe_serving_on_cpu"}
     assert {case.device for case in plan.cases} == {"cpu"}
+
+
+# ---------------------------------------------------------------- ladders and searches
+
+
+def test_a_ladder_is_asked_for_in_the_plan_and_names_no_case_anew(tmp_path: Path) -> None:
+    plain = planned(tmp_path, f"train: {{{LORA}}}")
+    asked = planned(tmp_path, f"train: {{{LORA}, ladder: both, ladder_tries: 3, ladder_minutes: 90}}")
+    assert plain.cases == asked.cases
+    assert plain.ladders == {}
+    (found,) = asked.ladders.values()
+    assert (found.ladders, found.order, found.tries, found.minutes) == (("oom", "nccl"), "seed000", 3, 90)
+
+
+def test_ladder_off_is_none(tmp_path: Path) -> None:
+    assert planned(tmp_path, f"train: {{{LORA}, ladder: off}}").ladders == {}
+
+
+def test_a_range_is_a_grid_and_a_frontier_searches_it(tmp_path: Path) -> None:
+    text = f"train: {{{ON_CPU} method: [lora, full], seq_len: {{from: 64, to: 300, step: 64}}, frontier: seq_len}}"
+    plan = planned(tmp_path, text)
+    lengths = {case_id(case): case.seq_len for case in plan.cases if isinstance(case, TrainCase)}
+    assert len(plan.frontiers) == 2
+    for search in plan.frontiers:
+        assert [lengths[name] for name in search.case_ids] == [64, 128, 192, 256]
+    assert sorted(name for search in plan.frontiers for name in search.case_ids) == sorted(lengths)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seq_len: {from: 64, to: 32, step: 1}", "from 64 to 32 by 1 is no range"),
+        ("seq_len: {from: 64, to: 128}", "a range needs `step`"),
+        ("seq_len: {from: 64, until: 128, step: 8}", "unknown key 'until'"),
+        ("seq_len: [64, 128, 256], frontier: seq_len, ladder: oom", "a case that does not fit is an answer here"),
+        ("seq_len: 64, include: [{seq_len: 8, frontier: seq_len}]", "a point of include is one case"),
+    ],
+)
+def test_a_search_that_cannot_be_is_a_mistake(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(HarnessError) as caught:
+        planned(tmp_path, f"train: {{{ON_CPU} method: lora, {text}}}")
+    assert message in caught.value.message

@@ -1,7 +1,7 @@
 """Matrix text + catalog -> Plan: every case fully resolved, every impossible point a skip with its reason.
 
-A matrix is YAML 1.2 with the keys `version`, `name`, `defaults`, and blocks under `train`, `serve` and `chain`. Each
-block is the product of its keys' values, less `exclude`, plus `include`. Cases + skips = the product + includes.
+A matrix is YAML 1.2 with the keys `version`, `name`, `defaults`, and blocks under `train`, `serve`, `chain` and
+`probe`. Each block is the product of its keys' values, less `exclude`, plus `include`. Cases + skips = the product + includes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from harness import catalog
-from harness.matrix import keys
+from harness.matrix import asked, keys
 from harness.matrix.blocks import DEFAULTS, Exclusion, Kind, Point, expand
 from harness.matrix.rules import obstacle
 from harness.matrix.source import Node, read, refuse_unknown, shown
-from harness.schema import ChainCase, Plan, ServeCase, Skip, TrainCase, case_id
+from harness.schema import AnyCase, ChainCase, Plan, ProbeCase, ServeCase, Skip, TrainCase, case_id
 
 __all__ = ["MATRIX_VERSION", "load"]
 
@@ -25,7 +25,7 @@ MATRIX_VERSION = 1
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TOP = ("version", "name", "defaults", *KINDS)
 
-Case = TrainCase | ServeCase | ChainCase
+Case = AnyCase
 
 
 def load(path: Path) -> Plan:
@@ -36,12 +36,15 @@ def load(path: Path) -> Plan:
     refuse_unknown(top, TOP, "a matrix")
     name = _name(document, top)
     cases, skips = _sorted_out(_all_points(document, top))
+    allowed = {name: asked.ladder_asked(point) for name, (_, point) in cases.items()}
     return Plan(
         name=name,
         source=str(path),
         matrix_sha256=hashlib.sha256(content).hexdigest(),
-        cases=tuple(cases),
+        cases=tuple(case for case, _ in cases.values()),
         skips=tuple(skips),
+        ladders={name: found for name, found in allowed.items() if found},
+        frontiers=asked.frontiers(cases),
     )
 
 
@@ -68,11 +71,11 @@ def _name(document: Node, top: dict[str, Node]) -> str:
 
 
 def _all_points(document: Node, top: dict[str, Node]) -> Iterator[tuple[Kind, Point, Exclusion | None]]:
-    """Every point of every block, in the order of the file within train, serve and chain."""
+    """Every point of every block, in the order of the file within each kind."""
     defaults = _defaults(top)
     blocks = [(kind, block) for kind in KINDS if kind in top for block in top[kind].items()]
     if not blocks:
-        document.fail("a matrix needs at least one block under train, serve or chain")
+        document.fail("a matrix needs at least one block under train, serve, chain or probe")
     for kind, block in blocks:
         for point, exclusion in expand(kind, block, defaults):
             yield kind, point, exclusion
@@ -86,9 +89,11 @@ def _defaults(top: dict[str, Node]) -> dict[str, Node]:
     return found
 
 
-def _sorted_out(points: Iterator[tuple[Kind, Point, Exclusion | None]]) -> tuple[list[Case], list[Skip]]:
-    """Cases and skips of all points; a point whose case stands in the plan already is a skip of its own."""
-    cases: dict[str, Case] = {}
+def _sorted_out(
+    points: Iterator[tuple[Kind, Point, Exclusion | None]],
+) -> tuple[dict[str, tuple[Case, Point]], list[Skip]]:
+    """Cases by id with their points, and skips; a point whose case stands in the plan already is a skip of its own."""
+    cases: dict[str, tuple[Case, Point]] = {}
     skips: list[Skip] = []
     seen: set[str] = set()
     for kind, point, exclusion in points:
@@ -103,12 +108,12 @@ def _sorted_out(points: Iterator[tuple[Kind, Point, Exclusion | None]]) -> tuple
         elif broken := obstacle(case):
             skips.append(Skip(case=case, rule=broken[0], reason=broken[1]))
         else:
-            cases[name] = case
+            cases[name] = case, point
         seen.add(name)
-    return list(cases.values()), [_unless_planned(skip, cases) for skip in skips]
+    return cases, [_unless_planned(skip, set(cases)) for skip in skips]
 
 
-def _unless_planned(skip: Skip, cases: dict[str, Case]) -> Skip:
+def _unless_planned(skip: Skip, cases: set[str]) -> Skip:
     """An excluded point that another point plans all the same is a duplicate of that."""
     again = skip.rule == "excluded" and case_id(skip.case) in cases
     return _duplicate(skip.case, case_id(skip.case)) if again else skip
@@ -128,6 +133,8 @@ def _case(kind: Kind, point: Point) -> Case:
         return TrainCase(**_train_fields(point))
     if kind == "serve":
         return ServeCase(**_serve_fields(point))
+    if kind == "probe":
+        return ProbeCase(**_fields(point))
     shared = {name: value for name, value in point.items() if "." not in name}
     train = {name.removeprefix("train."): value for name, value in point.items() if name.startswith("train.")}
     serve = {name.removeprefix("serve."): value for name, value in point.items() if name.startswith("serve.")}
@@ -138,7 +145,7 @@ def _case(kind: Kind, point: Point) -> Case:
 
 
 def _fields(point: Point) -> dict[str, Any]:
-    return {keys.FIELDS.get(name, name): value for name, value in point.items() if name != "ladder"}
+    return {keys.FIELDS.get(name, name): value for name, value in point.items() if name not in keys.SETTINGS}
 
 
 def _train_fields(point: Point) -> dict[str, Any]:

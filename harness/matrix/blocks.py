@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.matrix import keys
+from harness.matrix import asked, keys
 from harness.matrix.keys import Read
 from harness.matrix.source import Node, refuse_unknown, shown
-from harness.schema import CaseBase, ServeCase, TrainCase
+from harness.schema import Frozen, ProbeCase, ServeCase, TrainCase
 
-Kind = Literal["train", "serve", "chain"]
+Kind = Literal["train", "serve", "chain", "probe"]
 Readers = dict[str, Read]
 Point = dict[str, Any]
 """Values by key; in a chain the keys of a half begin with `train.` or `serve.`."""
@@ -22,7 +22,9 @@ MAX_POINTS = 100_000
 """A larger product is taken for a mistake: at one minute a case it would run for ten weeks."""
 
 LISTS = ("include", "exclude")
-NOT_EXCLUDABLE = frozenset({"repeat", "ladder", "time_limit", "stall", "load"})
+LISTED = ("lora_targets", "sizes")
+"""Keys of which one value is a list."""
+NOT_EXCLUDABLE = frozenset({"repeat", "time_limit", "stall", "load"}) | keys.SETTINGS
 
 
 def _last(name: str) -> str:
@@ -41,18 +43,20 @@ READERS: dict[Kind, Readers] = {
     "train": {**keys.COMMON, **keys.TRAIN_ONLY},
     "serve": {**keys.COMMON, **keys.SERVE_ONLY},
     "chain": {**keys.COMMON, **_under("train", _in_chain(keys.TRAIN_ONLY)), **_under("serve", keys.CHAIN_SERVE_ONLY)},
+    "probe": keys.PROBE,
 }
 REQUIRED: dict[Kind, tuple[str, ...]] = {
     "train": ("variant", "method", "seq_len"),
     "serve": ("variant",),
     "chain": ("variant", "train.method", "train.seq_len"),
+    "probe": ("device",),
 }
-LOADS: dict[Kind, Readers] = {"train": {}, "serve": keys.LOAD, "chain": _under("serve", keys.LOAD)}
+LOADS: dict[Kind, Readers] = {"train": {}, "serve": keys.LOAD, "chain": _under("serve", keys.LOAD), "probe": {}}
 EXCLUDABLE: dict[Kind, Readers] = {
     kind: {name: read for name, read in readers.items() if _last(name) not in NOT_EXCLUDABLE} | LOADS[kind]
     for kind, readers in READERS.items()
 }
-DEFAULTS: Readers = {name: read for name, read in {**READERS["train"], **READERS["serve"]}.items() if name != "adapter"}
+DEFAULTS: Readers = {name: read for name, read in {**READERS["probe"], **READERS["train"], **READERS["serve"]}.items() if name != "adapter"}
 """Keys that `defaults` takes: those of every block but `adapter`, which means another thing in a chain."""
 
 
@@ -71,12 +75,13 @@ Axes = dict[str, Axis]
 class Exclusion:
     """A partial point: by key, the values that it takes out."""
 
+    kind: Kind
     values: dict[str, tuple[Any, ...]]
     node: Node
 
     def hits(self, point: Point) -> bool:
         """Does every key of it agree with `point`, defaults included?"""
-        return all(point.get(name, _default(name)) in values for name, values in self.values.items())
+        return all(point.get(name, _default(name, self.kind)) in values for name, values in self.values.items())
 
 
 Expanded = tuple[Point, Exclusion | None]
@@ -93,6 +98,7 @@ def expand(kind: Kind, block: Node, defaults: dict[str, Node]) -> Iterator[Expan
     excluded = [_exclusion(kind, entry) for entry in _entries("exclude", found)]
     if own or not included:
         _check(kind, axes, block)
+        asked.check_frontier(axes, block)
         yield from _less(_points(axes, block), excluded)
     for more in included:
         yield from ((point, None) for point in _points(more, block))
@@ -154,6 +160,8 @@ def _axis(name: str, node: Node, read: Read) -> Axis:
     if _last(name) == "repeat":
         return Axis(range(read(name, node)), node)
     items = _values(name, node)
+    if name in keys.SETTINGS and isinstance(node.value, list):
+        node.fail(f"{name}: one value for the whole block, not a list")
     if not items:
         node.fail(f"{name}: an empty list has no value to try")
     values = tuple(read(name, item) for item in items)
@@ -164,8 +172,10 @@ def _axis(name: str, node: Node, read: Read) -> Axis:
 
 
 def _values(name: str, node: Node) -> list[Node]:
-    """The values of an axis. A list of module names is one value; a list of such lists is an axis."""
-    one = _last(name) == "lora_targets" and not (node.items() and isinstance(node.items()[0].value, list))
+    """The values of an axis. A list of module names or sizes is one value; a list of such lists is an axis."""
+    if _last(name) in asked.SEARCHED and isinstance(node.value, dict):
+        return asked.stretched(name, node)
+    one = _last(name) in LISTED and not (node.items() and isinstance(node.items()[0].value, list))
     return [node] if one else node.items()
 
 
@@ -178,7 +188,7 @@ def _check(kind: Kind, axes: Axes, block: Node) -> None:
     steps, warmup = axes.get(f"{half}steps"), axes.get(f"{half}warmup_steps")
     most = max(warmup.values) if warmup else _default("warmup_steps")
     least = min(steps.values) if steps else _default("steps")
-    if kind != "serve" and most >= least:
+    if kind in ("train", "chain") and most >= least:
         place = (warmup or steps or Axis((), block)).node
         place.fail(
             f"{most} warmup_steps leave nothing of {least} steps to measure", "give more steps, or fewer to warm up"
@@ -197,7 +207,9 @@ def _entries(name: str, found: dict[str, Node]) -> list[Node]:
 def _included(kind: Kind, entry: Node, axes: Axes) -> Axes:
     """The axes of one included point: its own values, and the block's where that has one alone."""
     own = _axes(_flat(entry.mapping("a point of include"), READERS[kind], "a point of include"), READERS[kind])
-    whole = {**axes, **own}
+    if "frontier" in own:
+        own["frontier"].node.fail("frontier: a point of include is one case; give it to the block")
+    whole = {name: axis for name, axis in {**axes, **own}.items() if name != "frontier"}
     for name, axis in whole.items():
         if len(axis.values) > 1 and _last(name) != "repeat":
             axis.node.fail(f"{name}: a point of include has one value") if name in own else (
@@ -212,7 +224,7 @@ def _exclusion(kind: Kind, entry: Node) -> Exclusion:
     found = _flat(entry.mapping("a point of exclude"), readers, "a point of exclude")
     if not found:
         entry.fail("an empty point would exclude everything")
-    return Exclusion({name: tuple(axis.values) for name, axis in _axes(found, readers).items()}, entry)
+    return Exclusion(kind, {name: tuple(axis.values) for name, axis in _axes(found, readers).items()}, entry)
 
 
 def _whole(point: Point) -> Point:
@@ -224,7 +236,8 @@ def _whole(point: Point) -> Point:
     return found
 
 
-def _default(name: str) -> Any:
+def _default(name: str, kind: Kind = "train") -> Any:
     """What a case has where the matrix says nothing."""
-    types: tuple[type[CaseBase], ...] = (TrainCase, ServeCase)
-    return next((kind.model_fields[_last(name)].default for kind in types if _last(name) in kind.model_fields), None)
+    types: tuple[type[Frozen], ...] = (ProbeCase,) if kind == "probe" else (TrainCase, ServeCase)
+    field = keys.FIELDS.get(name, _last(name))
+    return next((one.model_fields[field].default for one in types if field in one.model_fields), None)

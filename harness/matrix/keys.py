@@ -12,18 +12,21 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from harness import catalog
 from harness.catalog import nearest
+from harness.matrix import asked
 from harness.matrix.source import Node, refuse_unknown, shown
-from harness.schema import CaseBase, ServeCase, TrainCase
+from harness.schema import CaseBase, Frozen, LadderAsked, ProbeCase, ServeCase, TrainCase
 
 Read = Callable[[str, Node], Any]
 """Key and node -> the value of one point; HarnessError where it cannot be one."""
 
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s|m|h)")
+_SIZE = re.compile(r"(?P<number>\d{1,12}) ?(?P<unit>B|KiB|MiB|GiB)?")
+_BYTES = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 @cache
-def _adapter(case: type[CaseBase], name: str) -> TypeAdapter[Any]:
+def _adapter(case: type[Frozen], name: str) -> TypeAdapter[Any]:
     field = case.model_fields[name]
     kind: Any = field.annotation
     for constraint in field.metadata:
@@ -31,7 +34,7 @@ def _adapter(case: type[CaseBase], name: str) -> TypeAdapter[Any]:
     return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
 
 
-def _field(case: type[CaseBase], name: str, key: str, node: Node) -> Any:
+def _field(case: type[Frozen], name: str, key: str, node: Node) -> Any:
     """A value as the case's field of that name allows it, nothing converted."""
     try:
         return _adapter(case, name).validate_python(node.value, strict=True)
@@ -75,6 +78,23 @@ def _seconds(key: str, node: Node) -> float:
     return value
 
 
+def _sizes(key: str, node: Node) -> tuple[int, ...]:
+    """Bytes, as numbers or with a unit: 4096, "16MiB"; what is reduced are numbers of 4 bytes."""
+    if not isinstance(node.value, list) or not node.value:
+        node.fail(f"{key}: must be a list of sizes, not {shown(node)}", "such as [1KiB, 1MiB, 64MiB]")
+    return tuple(_size(key, item) for item in node.value)
+
+
+def _size(key: str, node: Node) -> int:
+    match = _SIZE.fullmatch(str(node.value))
+    if isinstance(node.value, bool) or not match:
+        node.fail(f"{key}: must be bytes or a size such as 64MiB, not {shown(node)}")
+    size = int(match["number"]) * _BYTES[match["unit"] or "B"]
+    if size % 4 or not 4 <= size <= 2**34:
+        node.fail(f"{key}: must be a multiple of 4 bytes, at most 16GiB, not {shown(node)}")
+    return size
+
+
 def _targets(key: str, node: Node) -> tuple[str, ...]:
     if not isinstance(node.value, list) or not node.value:
         node.fail(f"{key}: must be a list of module names, not {shown(node)}", "such as [in_proj, q_proj]")
@@ -102,13 +122,7 @@ def _load_point(key: str, node: Node) -> dict[str, Any]:
     return {name: LOAD[name](f"{key}: {name}", value) for name, value in found.items()}
 
 
-def _no_ladder(key: str, node: Node) -> str:
-    if node.value != "off":
-        node.fail(f"{key}: {shown(node)} is not supported yet", "write `ladder: off`, or leave the key out")
-    return "off"
-
-
-def _of(case: type[CaseBase], *names: str) -> dict[str, Read]:
+def _of(case: type[Frozen], *names: str) -> dict[str, Read]:
     return {name: partial(_field, case, name) for name in names}
 
 
@@ -140,21 +154,27 @@ COMMON: dict[str, Read] = {
     "repeat": partial(_field, TrainCase, "micro_batch"),
     "time_limit": _seconds,
     "stall": _seconds,
-    "ladder": _no_ladder,
+    "ladder": asked.ladder,
+    "ladder_order": partial(_field, LadderAsked, "order"),
+    "ladder_tries": partial(_field, LadderAsked, "tries"),
+    "ladder_minutes": partial(_field, LadderAsked, "minutes"),
 }
 """Keys of every block."""
+SETTINGS = frozenset({"ladder", "ladder_order", "ladder_tries", "ladder_minutes", "frontier"})
+"""Keys that say what to do with a block's cases and are no part of them; they have one value."""
 
 TRAIN_ONLY: dict[str, Read] = {
-    **_of(TrainCase, "method", "seq_len", "micro_batch", "grad_accum", "devices", "nodes", "strategy"),
+    **_of(TrainCase, "method", "seq_len", "micro_batch", "grad_accum", "devices", "nodes", "strategy", "cpu_offload"),
     **_of(TrainCase, "activation_checkpointing", "optimizer", "learning_rate", "lora_rank", "lora_alpha"),
     "lora_targets": _targets,
     **_of(TrainCase, "attention", "steps", "warmup_steps"),
     "data": DATA,
     "memory_cap_gib": partial(_field, TrainCase, "memory_cap_gib"),
+    "frontier": asked.frontier,
 }
 
-NOT_IN_CHAIN = frozenset({"memory_cap_gib"})
-"""Keys of training that a chain does not take: its server would run uncapped, under the same label."""
+NOT_IN_CHAIN = frozenset({"memory_cap_gib", "frontier"})
+"""Keys of training that a chain does not take: its server would run uncapped, under the same label, or unasked."""
 
 SERVE_ONLY: dict[str, Read] = {
     **_of(ServeCase, "tensor_parallel", "max_model_len", "max_num_seqs"),
@@ -165,5 +185,12 @@ SERVE_ONLY: dict[str, Read] = {
 
 CHAIN_SERVE_ONLY: dict[str, Read] = {**SERVE_ONLY, "adapter": _trained}
 
-FIELDS = {"time_limit": "time_limit_s", "stall": "stall_s"}
+PROBE: dict[str, Read] = {
+    **_of(ProbeCase, "device", "devices", "nodes", "interface", "p2p", "iterations", "debug"),
+    "sizes": _sizes,
+    **{name: COMMON[name] for name in ("repeat", "time_limit", "stall", "ladder")},
+}
+"""Keys of a probe, which has no model."""
+
+FIELDS = {"time_limit": "time_limit_s", "stall": "stall_s", "sizes": "sizes_bytes"}
 """Keys that are called otherwise in a case."""

@@ -80,6 +80,15 @@ def eight_bit_optimizer_under_fsdp(case: TrainCase) -> str | None:
     return None
 
 
+def cpu_offload_without_fsdp(case: TrainCase) -> str | None:
+    """Shards that are kept on the host, where nothing is sharded or everything is on the host anyway."""
+    if not case.cpu_offload:
+        return None
+    if case.strategy != "fsdp":
+        return f"cpu_offload keeps FSDP2's shards on the host; strategy {case.strategy} has none: use fsdp."
+    return "cpu_offload moves what a GPU holds to the host; a CPU case has it there." if case.device == "cpu" else None
+
+
 def optimizer_needs_gpu(case: TrainCase) -> str | None:
     """Paged state without CUDA."""
     facts = catalog.optimizers()[case.optimizer]
@@ -169,6 +178,30 @@ def full_has_no_adapter(case: ChainCase) -> str | None:
     return None
 
 
+# ---------------------------------------------------------------- probes
+
+
+def probe_needs_two_ranks(case: ProbeCase) -> str | None:
+    """One rank has nobody to talk to."""
+    if case.devices < 2:
+        return "A probe measures what passes between ranks; give it at least 2 devices."
+    return None
+
+
+def ranks_uneven_over_nodes(case: ProbeCase) -> str | None:
+    """Ranks that cannot be spread evenly."""
+    if case.devices % case.nodes:
+        return f"{case.devices} ranks cannot be spread evenly over {case.nodes} nodes."
+    return None
+
+
+def p2p_needs_gpu(case: ProbeCase) -> str | None:
+    """Direct copies between GPUs, without GPUs."""
+    if case.device == "cpu" and not case.p2p:
+        return "p2p: false keeps GPUs from copying to each other directly; on a CPU there is nothing to turn off."
+    return None
+
+
 TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     strategy_needs_several_devices,
     several_devices_need_a_strategy,
@@ -176,6 +209,7 @@ TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     seq_len_over_limit,
     qlora_under_fsdp,
     eight_bit_optimizer_under_fsdp,
+    cpu_offload_without_fsdp,
     optimizer_needs_gpu,
     flash_attention_needs_gpu,
     memory_cap_needs_gpu,
@@ -191,6 +225,11 @@ SERVE_RULES: Sequence[Callable[[ServeCase], str | None]] = (
     no_checkpoint,
 )
 CHAIN_RULES: Sequence[Callable[[ChainCase], str | None]] = (full_has_no_adapter,)
+PROBE_RULES: Sequence[Callable[[ProbeCase], str | None]] = (
+    probe_needs_two_ranks,
+    ranks_uneven_over_nodes,
+    p2p_needs_gpu,
+)
 
 
 def obstacle(case: Case) -> tuple[str, str] | None:
@@ -203,6 +242,8 @@ def _obstacles(case: Case) -> Iterator[tuple[str, str]]:
         yield from ((rule.__name__, reason) for rule in TRAIN_RULES if (reason := rule(case)))
     elif isinstance(case, ServeCase):
         yield from ((rule.__name__, reason) for rule in SERVE_RULES if (reason := rule(case)))
+    elif isinstance(case, ProbeCase):
+        yield from ((rule.__name__, reason) for rule in PROBE_RULES if (reason := rule(case)))
     else:
         yield from _obstacles(case.train)
         yield from _obstacles(case.serve)

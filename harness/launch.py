@@ -127,7 +127,7 @@ def _train_job(case: TrainCase, job_id: str, named: str, keep: str) -> Job:
         nodes=case.nodes,
         time_limit_s=case.time_limit_s,
         stall_s=case.stall_s,
-        files={ACCELERATE_FILE: accelerate_config(case)} if case.device == "cuda" else {},
+        files={} if by_torchrun(case) else {ACCELERATE_FILE: accelerate_config(case)},
         payload=payload,
     )
 
@@ -161,40 +161,49 @@ def _train_argv(case: TrainCase) -> tuple[str, ...]:
     script = ("-m", "harness.payload.train", "job.json")
     if case.nodes > 1:
         return (*_node_launcher(case), *script)
-    if case.device == "cuda":
+    if not by_torchrun(case):
         tee = ("--log_dir", "logs", "--tee", "3") if case.devices > 1 else ()
         return ("python", "-m", "accelerate.commands.launch", "--config_file", ACCELERATE_FILE, *tee, *script)
-    ranks = f"--nproc_per_node={case.devices}"
-    logs = ("--log-dir", "logs", "--redirects", "3")
-    return ("python", "-m", "torch.distributed.run", "--standalone", ranks, *logs, *script)
+    return (*_torchrun(case.devices), *script)
+
+
+def by_torchrun(case: TrainCase) -> bool:
+    """Does PyTorch's own launcher start the ranks: on a CPU, and where the payload shards the model itself."""
+    return case.device == "cpu" or catalog.strategies()[case.strategy].accelerate is None
+
+
+def _torchrun(ranks: int, nodes: int = 1) -> tuple[str, ...]:
+    """torchrun of these ranks; on several nodes by its c10d rendezvous, held by the first of them."""
+    launcher = ("python", "-m", "torch.distributed.run")
+    if nodes == 1:
+        return (*launcher, "--standalone", f"--nproc_per_node={ranks}", "--log-dir", "logs", "--redirects", "3")
+    meeting = ("--rdzv_backend=c10d", "--rdzv_endpoint={head}:{port}", "--rdzv_id={meeting}")
+    spread = (f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}")
+    return (*launcher, *spread, *meeting, "--log_dir", "logs/{node}", "--redirects", "3")
 
 
 def _node_launcher(case: TrainCase) -> tuple[str, ...]:
-    """What runs once on each of several nodes; torchrun's c10d rendezvous, held by the first node.
+    """What runs once on each of several nodes.
 
     accelerate takes the address and this node's number by its own options, and hands all of it to torchrun.
     """
-    logs = ("--log_dir", "logs/{node}")
-    if case.device == "cuda":
+    if not by_torchrun(case):
         place = ("--machine_rank", "{node_rank}", "--main_process_ip", "{head}", "--main_process_port", "{port}")
         launcher = ("python", "-m", "accelerate.commands.launch", "--config_file", ACCELERATE_FILE)
-        return (*launcher, *place, *logs, "--tee", "3")
-    meeting = ("--rdzv_backend=c10d", "--rdzv_endpoint={head}:{port}", "--rdzv_id={meeting}")
-    ranks = (f"--nnodes={case.nodes}", f"--nproc_per_node={case.devices // case.nodes}")
-    return ("python", "-m", "torch.distributed.run", *ranks, *meeting, *logs, "--redirects", "3")
+        return (*launcher, *place, "--log_dir", "logs/{node}", "--tee", "3")
+    return _torchrun(case.devices, case.nodes)
 
 
 def accelerate_config(case: TrainCase) -> str:
     """The text of the file that `accelerate launch --config_file` takes, for the GPUs of each host.
 
     Where fp32 values are trained (adapters, or master weights), bf16 is computed by autocast. A full fine-tune of bf16
-    parameters needs no cast, and under `mixed_precision: bf16` FSDP2 would turn them into fp32 (accelerate 1.15,
-    `fsdp2_prepare_model`): not what was asked.
+    parameters needs no cast.
     """
     casts = case.method != "full" or case.param_dtype == "fp32"
     content: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        **catalog.strategies()[case.strategy].accelerate,
+        **(catalog.strategies()[case.strategy].accelerate or {}),
         "mixed_precision": "bf16" if casts else "no",
         "num_machines": case.nodes,
         "num_processes": case.devices,

@@ -184,12 +184,11 @@ def config(case: TrainCase) -> dict[str, Any]:
     return content
 
 
-def test_fsdp_is_version_2_and_wraps_the_layers() -> None:
-    found = config(changed(TRAIN, strategy="fsdp", devices=4))
-    assert (found["distributed_type"], found["num_processes"]) == ("FSDP", 4)
-    fsdp = found["fsdp_config"]
-    assert (fsdp["fsdp_version"], fsdp["fsdp_reshard_after_forward"], fsdp["fsdp_offload_params"]) == (2, True, False)
-    assert fsdp["fsdp_transformer_layer_cls_to_wrap"] == "NemotronHBlock"
+def test_fsdp_is_the_payloads_own_and_not_accelerates() -> None:
+    found = job(changed(TRAIN, strategy="fsdp", devices=4))
+    assert found.argv[:5] == ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4")
+    assert not found.files
+    assert found.env["NCCL_DEBUG_FILE"]
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ class StrategyFacts(Frozen):
     about: str
     min_devices: int
     max_devices: int | None
-    accelerate: dict[str, JsonValue]
-    """What its accelerate configuration file says beyond the common part."""
+    accelerate: dict[str, JsonValue] | None
+    """What its accelerate configuration file says beyond the common part; `None` where accelerate has no part in it."""
 
 
 class OptimizerFacts(Frozen):
@@ -196,3 +196,9 @@ def gpus() -> tuple[GpuFacts, ...]:
 def gpu(driver_name: str) -> GpuFacts | None:
     """Facts about the GPU that the driver calls so, or `None` for one that the catalog does not know: no guess."""
     return next((facts for facts in gpus() if any(re.search(found, driver_name) for found in facts.patterns)), None)
+
+
+def oldest_driver(cuda: str | None) -> str | None:
+    """The oldest driver for a CUDA version such as `13.0`; `None` where the catalog does not know it, or for none."""
+    entry = _read("cuda").get((cuda or "").partition(".")[0])
+    return str(entry["oldest_driver"]) if entry else None

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from harness.payload import model as models
+from harness.payload import weights
 from harness.payload.meter import MemoryMeter
 
 ARTIFACTS = Path("artifacts")
@@ -24,9 +26,11 @@ computes in another order, which moves a logit of magnitude 1 by a few units in 
 
 
 def save_base(case: dict[str, Any], variant: dict[str, Any], tokenizer: Any, device: str) -> None:
-    """Save the random weights that both training and serving start from, with their tokenizer."""
-    base = models.build(case, variant, device, quantize=False)
-    base.save_pretrained(BASE)
+    """Save the random weights that both training and serving start from, part by part, with their tokenizer."""
+    drawn = models.drawn_units(case, variant, device)
+    weights.write(BASE, (((f"{name}.{path}", tensor) for path, tensor in unit.state_dict().items())
+                         for name, unit in drawn))  # fmt: skip
+    GenerationConfig.from_model_config(models.config(case, variant)).save_pretrained(BASE)
     tokenizer.save_pretrained(BASE)
     write_config(BASE, variant, case["param_dtype"])
 
@@ -49,8 +53,14 @@ def logits(model: Any, rows: list[list[int]], case: dict[str, Any], device: str)
 
 
 def reload(case: dict[str, Any], variant: dict[str, Any], base: str | None, saved: Path, device: str) -> Any:
-    """The model as the checkpoint in `saved` gives it, on a base built or loaded anew (`base` None: built)."""
-    if case["method"] == "full":
+    """The model as the checkpoint in `saved` gives it, on a base built or loaded anew (`base` None: built); sharded
+    again, by all ranks together, where it was."""
+    full = case["method"] == "full"
+    if case["strategy"] == "fsdp":
+        from harness.payload import shard
+
+        return shard.load(case, variant, str(saved) if full else base, device, None if full else saved)
+    if full:
         return models.load(case, variant, str(saved), device)
     from peft import PeftModel
 
@@ -105,16 +115,26 @@ def trained_shapes(model: Any, case: dict[str, Any]) -> dict[str, tuple[int, ...
 
 
 def consolidate(model: Any, tokenizer: Any, saved: Path, rank: int) -> None:
-    """Add what was trained to a checkpoint in shards, as whole tensors written by rank 0; every rank must call it."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state = {}
-    for name, tensor in [*trained, *model.named_buffers()]:
-        whole = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
-        if rank == 0:
-            state[name] = whole.cpu()
-    if rank == 0:
-        model.save_pretrained(saved, state_dict=state)
+    """Write what was trained of a sharded model as whole tensors, by rank 0; every rank must call it.
+
+    A full fine-tune is gathered tensor by tensor and written block by block: nobody holds it whole.
+    """
+    from harness.payload import shard
+
+    first = rank == 0
+    if hasattr(model, "peft_config"):
+        adapter = ((name, shard.whole(parameter)) for name, parameter in model.named_parameters() if "lora_" in name)
+        state = {name: tensor.cpu() for name, tensor in adapter if first}
+        if first:
+            model.save_pretrained(saved, state_dict=state)
+    else:
+        weights.write(saved, shard.gathered(model), writes=first)
+        if first:
+            model.config.save_pretrained(saved)
+            model.generation_config.save_pretrained(saved)
+    if first:
         tokenizer.save_pretrained(saved)
+    torch.distributed.barrier()
 
 
 def keep_adapter(saved: Path, tokenizer: Any) -> Path:
@@ -135,7 +155,7 @@ def merge(case: dict[str, Any], variant: dict[str, Any], base: str | None, saved
     memory.restart()
     began = time.monotonic()
     target = ARTIFACTS / "merged"
-    plain = {**case, "method": "lora" if case["method"] == "qlora" else case["method"]}
+    plain = {**case, "strategy": "none", "method": "lora" if case["method"] == "qlora" else case["method"]}
     merged = reload(plain, variant, base, saved, "cpu")
     if case["method"] != "full":
         merged = merged.merge_and_unload()

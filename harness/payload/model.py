@@ -50,11 +50,11 @@ def build(case: dict[str, Any], variant: dict[str, Any], device: str, quantize: 
     _keep_strict_fp32(model)
     if device == "meta":
         return model
-    set_seed(case["seed"])
     quantize = case["method"] == "qlora" if quantize is None else quantize
     if quantize:
         _mark_quantized(model, case, variant)
-    for unit in _units(model):
+    set_seed(case["seed"])
+    for _, unit in units(model):
         _fill(model, unit, device)
         if quantize:
             _quantize_experts(unit)
@@ -62,23 +62,23 @@ def build(case: dict[str, Any], variant: dict[str, Any], device: str, quantize: 
     return model
 
 
-def load(case: dict[str, Any], variant: dict[str, Any], path: str, device: str, fsdp_size: int = 1) -> nn.Module:
-    """The model with the weights saved at `path` (a directory or a hub id), quantized where the case asks.
+def drawn_units(case: dict[str, Any], variant: dict[str, Any], device: str) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of the model that `build` gives, unquantized, with their names, one at a time: each loses its values
+    when the next is asked for."""
+    model = build(case, variant, "meta")
+    set_seed(case["seed"])
+    for name, unit in units(model):
+        _fill(model, unit, device)
+        yield name, unit
+        unit.to("meta")
 
-    `fsdp_size` > 1 shards it over that many ranks while loading (transformers' `DistributedConfig`): the one way that
-    really shards on a CPU. `lm_head` stays out of the plan: TRL's fused head bypasses its forward, and its gradient
-    would stay unreduced without an error.
-    """
+
+def load(case: dict[str, Any], variant: dict[str, Any], path: str, device: str) -> nn.Module:
+    """The whole model with the weights saved at `path` (a directory or a hub id), quantized where the case asks."""
     arguments: dict[str, Any] = {"dtype": DTYPES[case["param_dtype"]], "attn_implementation": case["attention"]}
     if case["method"] == "qlora":
         arguments["quantization_config"] = _nf4(case, variant)
-    if fsdp_size > 1:
-        from transformers.distributed import DistributedConfig
-
-        plan = {"model.layers.*": "free_full_weight"}
-        arguments["distributed_config"] = DistributedConfig(fsdp_size=fsdp_size, fsdp_plan=plan)
-    else:
-        arguments["device_map"] = {"": device}
+    arguments["device_map"] = {"": device}
     revision = variant["revision"] if path == variant["checkpoint"] else None
     model = NemotronHForCausalLM.from_pretrained(path, revision=revision, **arguments)
     model.config.use_cache = False
@@ -96,10 +96,14 @@ def _keep_strict_fp32(model: nn.Module) -> None:
                 tensor.data = tensor.data.float()
 
 
-def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """The parts that are filled one after the other: embeddings, each block, the last norm, the head."""
-    for child in (*model.model.children(), model.lm_head):
-        yield from child if isinstance(child, nn.ModuleList) else (child,)
+def units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts that are filled one after the other, by name: embeddings, each block, the last norm, the head."""
+    for name, child in model.model.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"model.{name}.{number}", block) for number, block in child.named_children())
+        else:
+            yield f"model.{name}", child
+    yield "lm_head", model.lm_head
 
 
 def _fill(model: nn.Module, unit: nn.Module, device: str) -> None:

@@ -75,7 +75,7 @@ def run(job: dict[str, Any], journal: Journal) -> None:
         memory.restart()
         tokenizer = load_tokenizer(case, variant)
         base = base_path(case, variant, keep, tokenizer, device, journal.rank)
-        model = load_model(case, variant, base, device, world_size)
+        model = load_model(case, variant, base, device)
         memory.record("load")
     journal.enter("prepare")
     rows, texts = prepare_data(case, variant, tokenizer, conversations, world_size, journal)
@@ -85,15 +85,12 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     trainer.evaluate()
 
     with journal.during("reload"):
-        sharded = case["strategy"] == "fsdp"
-        trained = trainer.model
+        sharded, trained = case["strategy"] == "fsdp", trainer.model
         before = artifacts.logits(trained, rows, case, device) if sharded or journal.rank == 0 else None
         shapes = artifacts.trained_shapes(trained, case)
-        if trainer.is_fsdp_enabled:  # accelerate's, on GPUs: its checkpoint is in shards
-            artifacts.consolidate(trained, tokenizer, checkpoint(case), journal.rank)
         del trainer, trained
         release(device)
-        if journal.rank == 0:
+        if sharded or journal.rank == 0:  # what does not fit on one device is read back by all
             check_reload(case, variant, base, tokenizer, texts, rows, before, shapes, device, journal)
     if keep != "none" and journal.rank == 0:
         saved = checkpoint(case)
@@ -119,13 +116,20 @@ def start(case: dict[str, Any], journal: Journal) -> tuple[str, int]:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     if world_size > 1:
-        torch.distributed.init_process_group("nccl" if device != "cpu" else "gloo")
+        torch.distributed.init_process_group(communication(case))
     import harness.payload.trainer  # noqa: F401 - imported here, so that the baseline holds the libraries
 
     journal.write("start", rank=journal.rank, world_size=world_size, local_rank=local_rank, pid=os.getpid(),
                   host=socket.gethostname(), python=platform.python_version(), libraries=libraries(),
                   device=describe_device(device), baseline_rss_bytes=rss_bytes())  # fmt: skip
     return device, world_size
+
+
+def communication(case: dict[str, Any]) -> str:
+    """PyTorch's name of what connects the ranks; gradients that are offloaded to the host are reduced there."""
+    if case["device"] == "cpu":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if case["cpu_offload"] else "nccl"
 
 
 def forget_launcher() -> None:
@@ -191,12 +195,12 @@ def base_path(case: dict[str, Any], variant: dict[str, Any], keep: str, tokenize
               rank: int) -> str | None:  # fmt: skip
     """The directory or hub id to load the model from; None to build it in place.
 
-    Random weights are saved first where something else must read them: sharding on a CPU, or serving in a chain.
+    Random weights are saved first where something else must read them: serving in a chain.
     """
     from harness.payload import artifacts
 
     path = source(case, variant)
-    if path is not None or (keep == "none" and not (case["strategy"] == "fsdp" and device == "cpu")):
+    if path is not None or keep == "none":
         return path
     if rank == 0:
         artifacts.save_base(case, variant, tokenizer, device)
@@ -205,15 +209,15 @@ def base_path(case: dict[str, Any], variant: dict[str, Any], keep: str, tokenize
     return str(artifacts.BASE)
 
 
-def load_model(case: dict[str, Any], variant: dict[str, Any], base: str | None, device: str, world_size: int) -> Any:
+def load_model(case: dict[str, Any], variant: dict[str, Any], base: str | None, device: str) -> Any:
     """The model with what is to be trained of it."""
     from harness.payload import model
 
-    if base is None:
-        found = model.build(case, variant, device)
-    else:
-        sharded_at_load = case["strategy"] == "fsdp" and device == "cpu"
-        found = model.load(case, variant, base, device, world_size if sharded_at_load else 1)
+    if case["strategy"] == "fsdp":
+        from harness.payload import shard
+
+        return shard.load(case, variant, base, device)
+    found = model.build(case, variant, device) if base is None else model.load(case, variant, base, device)
     return model.adapt(found, case)
 
 
@@ -254,7 +258,8 @@ def check_reload(case: dict[str, Any], variant: dict[str, Any], base: str | None
     again = artifacts.reload(case, variant, base, saved, device)
     difference = (artifacts.logits(again, rows, case, device) - before).abs().max().item()
     checks["logits"] = difference <= artifacts.TOLERANCE[case["param_dtype"]]
-    journal.write("reload", ok=all(checks.values()), max_abs_logit_difference=difference, checks=checks)
+    if journal.rank == 0:
+        journal.write("reload", ok=all(checks.values()), max_abs_logit_difference=difference, checks=checks)
     if not all(checks.values()):
         failed = ", ".join(name for name, ok in checks.items() if not ok)
         raise RuntimeError(f"the checkpoint in {saved} does not give back what was trained: {failed} "

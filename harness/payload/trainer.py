@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from harness.payload import artifacts, proof
 from harness.payload import model as models
-from harness.payload import proof
 from harness.payload.journal import Journal, NotAsRequested
 from harness.payload.meter import MemoryMeter, RoutingMeter, StepMeter
 
@@ -20,7 +20,6 @@ from harness.payload.meter import MemoryMeter, RoutingMeter, StepMeter
 def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
     """All that decides what is measured, with no library default left open."""
     cuda = case["device"] == "cuda"
-    sharded_at_load = case["strategy"] == "fsdp" and not cuda
     return SFTConfig(
         output_dir=output_dir,
         # what is trained on
@@ -70,7 +69,7 @@ def settings(case: dict[str, Any], output_dir: str) -> SFTConfig:
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=case["steps"],
-        save_only_model=sharded_at_load,
+        save_only_model=False,
         save_total_limit=None,
         load_best_model_at_end=False,
         report_to="none",
@@ -90,12 +89,23 @@ class MeteredTrainer(SFTTrainer):
     def __init__(self, model: Any, case: dict[str, Any], variant: dict[str, Any], journal: Journal,
                  memory: MemoryMeter, world_size: int, **arguments: Any) -> None:  # fmt: skip
         self.case, self.variant, self.journal, self.memory = case, variant, journal, memory
+        self.tokenizer = arguments["processing_class"]
         self.meter = StepMeter(journal, memory, case, world_size)
         super().__init__(model=model, **arguments)
+        self.sharded = case["strategy"] == "fsdp"
+        if self.sharded:
+            # Autocast alone: what is sharded brings its own gradient reduction, and accelerate, which knows nothing
+            # of it, would wrap it in DDP.
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.add_callback(_Hooks(self))
         # The outer model's own hooks: on a GPU they see what DDP and FSDP2 wrap, without their waiting.
         self.model.register_forward_pre_hook(self._forward_begins, prepend=True)
         self.model.register_forward_hook(self._forward_ends)
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """The payload has put it where it belongs; offloaded shards must stay on the host."""
+        if self.case["strategy"] != "fsdp":
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The case's optimizer, as `payload/model.py` builds it."""
@@ -146,7 +156,10 @@ class MeteredTrainer(SFTTrainer):
         self.journal.enter("save")
         self.memory.restart()
         began = time.monotonic()
-        super()._save_checkpoint(model, trial)
+        if self.sharded:
+            artifacts.consolidate(self.model, self.tokenizer, checkpoint(self.case), self.args.process_index)
+        else:
+            super()._save_checkpoint(model, trial)
         self.memory.record("save")
         if self.args.should_save:
             files = [path for path in checkpoint(self.case).rglob("*") if path.is_file()]

@@ -75,6 +75,8 @@ class TrainCase(CaseBase):
     """Each GPU behaves like one of this size; what is measured so says what fits, never how fast."""
     nodes: int = Field(1, ge=1)
     """Hosts that the ranks are spread over evenly: `devices / nodes` on each."""
+    cpu_offload: bool = False
+    """FSDP2 keeps its shards, their gradients and the optimizer's state on the host, and the optimizer runs there."""
 
 
 class ServeCase(CaseBase):

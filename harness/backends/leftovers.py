@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -10,10 +11,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from harness.backends import durable, files, processes, shared_memory, supervisor
+from harness.backends import durable, files, outside, processes, shared_memory, supervisor
 from harness.backends.processes import Process
 from harness.schema import Outcome, Ticket
 
@@ -112,8 +114,11 @@ def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: boo
     at_work = [process.pid for process in find(ticket)]
     shared = known(ticket).shared | shared_memory.made_since(ticket.submitted_at, at_work)
     left = processes.end(lambda: find(ticket), GRACE_S)
+    said = outside.clean_up(_order(ticket))
     if here(ticket):
         shared_memory.remove(shared, processes.pids())
+    if said.get("detail"):
+        detail += f"; {said['detail']}"
     if left:
         detail += f"; could not be ended: {', '.join(str(process.pid) for process in left)}"
     outcome = files.read_outcome(ticket)  # it may have come while we looked
@@ -124,12 +129,20 @@ def give_up(ticket: Ticket, *, detail: str, lost: bool = False, interrupted: boo
     return outcome
 
 
+def _order(ticket: Ticket) -> dict[str, Any]:
+    """What the supervisor was told to start, empty where that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        order = json.loads((Path(ticket.job_dir) / "supervisor.json").read_text(encoding="utf-8"))
+        return order if isinstance(order, dict) else {}
+    return {}
+
+
 def find(ticket: Ticket) -> list[Process]:
     """Living processes of the job, and no other's: noted ones, marked ones, and those that work where only it does."""
     if not here(ticket):
         return []
     noted, folder = known(ticket), os.path.realpath(ticket.job_dir)
-    mark = f"{supervisor.MARK}={ticket.handle['mark']}".encode()
+    mark = f"{outside.MARK}={ticket.handle['mark']}".encode()
     every = processes.everything()
     roots = [process.pid for process in every if _belongs(process, noted, folder, mark)]
     found = processes.with_descendants(roots, every)

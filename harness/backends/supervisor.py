@@ -2,7 +2,7 @@
 
 Run as `python -I supervisor.py JOB_DIR` in a session of its own, with a pipe from the control plane as standard input:
 `go` on it starts the job, its end means that the control plane is gone. It reads `supervisor.json` (argv, env, cwd,
-time_limit_s, stall_s, mark) and leaves `outcome.json`, the last thing it does, once no process of the job is left.
+cleanup, time_limit_s, stall_s, mark) and leaves `outcome.json`, the last thing it does, once nothing of the job is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if __name__ == "__main__":  # started by path, with an interpreter that knows no
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 from harness import events
-from harness.backends import durable, memory_pressure, processes, shared_memory, stall
+from harness.backends import durable, memory_pressure, outside, processes, shared_memory, stall
 
 TICK_S = 0.5
 LOOK_ANEW_TICKS = 20
@@ -32,8 +32,6 @@ LINGER_S = 2.0
 """How long helpers of a job that has ended may take to end by themselves."""
 GRACE_S = 5.0
 """From SIGTERM to SIGKILL."""
-MARK = "HARNESS_JOB"
-"""Environment variable with the job's mark, by which `reap` knows processes that no look had seen yet."""
 MEMORY_VICTIM = "500"
 """Added to the job's oom_score_adj, so that the kernel ends the job before its supervisor or a person's shell."""
 DETAIL_CHARACTERS = 500
@@ -147,7 +145,7 @@ class Supervisor:
         self.outcome.save(json.dumps(asdict(self.ending), indent=1) + "\n")
 
     def _start(self) -> bool:
-        env = self.order["env"] | {MARK: self.order["mark"]}
+        env = self.order["env"] | {outside.MARK: self.order["mark"]}
         me = os.getpid()
         self.ending.start = time.time()
         try:
@@ -187,7 +185,7 @@ class Supervisor:
                 size, last = grown, now
                 self._record_tree()
             if idle_s > self.order["stall_s"]:
-                stall.save(self.job_dir, self._members(), idle_s)
+                stall.save(self.job_dir, self._members() + self._outside(), idle_s)
                 return self._end_as("stalled", f"no rank wrote an event for {idle_s:.1f} s")
             self._wait(max(0.01, TICK_S - (time.monotonic() - last)))
 
@@ -227,6 +225,12 @@ class Supervisor:
         self.tree.look(anew=True)
         return [member for member in self.tree.members.values() if not member.ended]
 
+    def _outside(self) -> list[processes.Process]:
+        """What the job has at work outside our tree, if that is where it works."""
+        known = self.tree.members
+        found = outside.marked(self.order["mark"]) if self.order.get("cleanup") else []
+        return [process for process in found if process.pid not in known]
+
     def _record_tree(self) -> None:
         """Note what is new, for a `reap` that has to do without us."""
         self.ticks += 1
@@ -254,9 +258,19 @@ class Supervisor:
         if left:
             stuck = ", ".join(f"{process.name} (pid {process.pid}, state {process.state})" for process in left)
             self._add_detail(f"could not be ended, they wait inside the kernel: {stuck}")
+        self._clean_up()
         removed = shared_memory.remove(self.segments.owned, processes.pids())
         if removed:
             self._add_detail(f"removed from /dev/shm: {', '.join(removed)}")
+
+    def _clean_up(self) -> None:
+        """Nothing that the job started outside our tree is left after this."""
+        said = outside.clean_up(self.order)
+        if self.child_status is not None and self.ending.exit_code != 0:
+            self.ending.host_oom_killed |= said.get("host_oom_killed", False)
+            self.ending.interrupted |= said.get("interrupted", False)
+        if detail := said.get("detail"):
+            self._add_detail(detail)
 
     def _let_helpers_end(self) -> None:
         deadline = time.monotonic() + LINGER_S

@@ -44,6 +44,8 @@ class Job(Frozen):
     """Hosts to spread them over evenly; on more than one, the launcher runs once on each of them."""
     time_limit_s: float
     stall_s: float
+    host_memory_gib: float | None = None
+    """What all of it together may use of a host's memory, where its box or backend can hold it to that."""
     files: dict[str, str] = {}
     """Small text files to lay into the job directory before the start, by relative name."""
     payload: dict[str, JsonValue]
@@ -57,6 +59,9 @@ class Command(Frozen):
     env: dict[str, str]
     """The whole environment, not an addition to one."""
     cwd: str
+    cleanup: tuple[str, ...] = ()
+    """argv that ends and removes what the command started outside its own process tree, such as a container; a backend
+    runs it, in `env`, at every end. It may print one JSON object with fields of an `Outcome`: what it saw of the end."""
 
 
 class Ticket(Frozen):

@@ -1,6 +1,6 @@
 """The evidence under reports/: it renders with no GPU and no network, it is small, and the README says what it says."""
 
-import importlib.util
+import importlib
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +14,9 @@ RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
 
 
 @pytest.fixture
-def results_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_table", ROOT / "tools" / "results_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def results_table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("results_table")
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda path: path.name)
@@ -46,7 +42,7 @@ def test_every_committed_number_knows_where_it_came_from(run: Path) -> None:
 
 def test_the_results_table_is_what_the_records_say(results_table: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert results_table.placed(readme, results_table.table(results_table.rows(ROOT / "reports"))) == readme
+    assert results_table.placed(readme, results_table.text(ROOT / "reports")) == readme
 
 
 def test_the_evidence_stays_small() -> None:

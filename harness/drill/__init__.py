@@ -1,0 +1,21 @@
+"""Injects faults for real on this machine, and checks that triage names them."""
+
+from harness.drill.faults import Fault, chosen, faults
+from harness.drill.run import Options, compare, run
+from harness.drill.score import Drilled, Truth, exit_code, line, mistakes, summary, table
+
+__all__ = [
+    "Drilled",
+    "Fault",
+    "Options",
+    "Truth",
+    "chosen",
+    "compare",
+    "exit_code",
+    "faults",
+    "line",
+    "mistakes",
+    "run",
+    "summary",
+    "table",
+]

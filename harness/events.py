@@ -7,7 +7,7 @@ written as the string "nan", "inf" or "-inf", so that the file stays JSON and th
     start          rank, world_size, local_rank, pid, host, python, libraries {name: version},
                    device {type, name, total_bytes}, baseline_rss_bytes
     phase          name, state "begin" or "end", duration_s (at the end); names: data, load, prepare, train, eval,
-                   save, reload, merge; start_server, bench, smoke, stop_server
+                   save, reload, merge; start_server, bench, smoke, stop_server; join, check, arrive, measure
     memory         phase (load, first_forward, backward, optimizer_step, eval, save, merge), peak_allocated_bytes,
                    peak_reserved_bytes, device_used_bytes, peak_rss_bytes; null where it does not apply
     proof          what really runs: trainable_parameters, total_parameters, parameters_by_layer_type,
@@ -26,6 +26,9 @@ written as the string "nan", "inf" or "-inf", so that the file stays JSON and th
     load_point     case_id, and the fields of `schema.LoadPoint`
     smoke          case_id (null: holds for all of the job), and the fields of `schema.Smoke`
     server_memory  peak_rss_bytes
+    check          name, ok, found, expected: a collective's known result; the element furthest off
+    arrival        warmup, work_s [], wait_s []: rounds of a fixed piece of work, then an all-reduce
+    collective     operation, size_bytes, warmup, timer, time_s []: each one after the warm-up
     alive          what: a sign of life where nothing else is said (server start, benchmark)
     note           text: something a person should know
     error          phase, type, message, traceback

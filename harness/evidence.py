@@ -9,11 +9,13 @@ from pathlib import Path
 from harness import schema, store
 from harness.schema import Environment, EnvironmentName, Gpu, Record
 
-Case = schema.TrainCase | schema.ServeCase | schema.ChainCase
+Case = schema.AnyCase
 Found = Mapping[str, Sequence[Path]]
 """Files of records by case id."""
 
-NEEDS: dict[str, tuple[EnvironmentName, ...]] = {"train": ("train",), "serve": ("serve",), "chain": ("train", "serve")}
+NEEDS: dict[str, tuple[EnvironmentName, ...]] = {
+    "train": ("train",), "serve": ("serve",), "chain": ("train", "serve"), "probe": ("train",),
+}  # fmt: skip
 """The environments that a kind of case runs in."""
 OF_A_GPU_OR_CPU = frozenset({"measured", "capped"})
 """Kinds of number that a device has given; the others are made from them."""

@@ -67,6 +67,14 @@ GPU_RANKS = {
 Source: NCCL's documentation; torch 2.11 to 2.13, ProcessGroupNCCL.hpp and FlightRecorder.hpp.
 """
 
+PROBE_DEBUG: dict[DeviceType, dict[str, str]] = {
+    # Every collective is compared between ranks before it runs, which costs speed.
+    "cpu": {"TORCH_DISTRIBUTED_DEBUG": "DETAIL", "TORCH_CPP_LOG_LEVEL": "INFO"},
+    # TUNING names the algorithm, protocol and channels of each size. DETAIL would time the host instead of the GPUs.
+    "cuda": {"TORCH_DISTRIBUTED_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,ENV,NET,GRAPH,P2P,SHM,TUNING"},
+}
+"""What a probe with `debug` adds to what several ranks always have."""
+
 THREADS_ALONE = {"cpu": "2", "cuda": "8"}
 """OMP_NUM_THREADS of a single rank. Fixed, so that one case means the same on every machine; 2 is the smallest host."""
 THREADS_TOGETHER = {"cpu": "1", "cuda": "8"}
@@ -95,6 +103,8 @@ def jobs(cases: tuple[Case, ...], attempt: int) -> tuple[Job, ...]:
     if isinstance(first, ServeCase):
         together = [(case_id(case), case) for case in cases if isinstance(case, ServeCase)]
         return (_serve_job(together, _serve_id(first), _own_model(first)),)
+    if isinstance(first, ProbeCase):
+        return (_probe_job(first),)
     return _chain_jobs(first, attempt)
 
 
@@ -155,6 +165,37 @@ def _serve_job(cases: Sequence[tuple[str, ServeCase]], job_id: str, model: dict[
         stall_s=max(case.stall_s for _, case in cases),
         payload=payload,
     )
+
+
+def _probe_job(case: ProbeCase) -> Job:
+    name = case_id(case)
+    payload: dict[str, JsonValue] = {"job_id": name, "role": "probe", "case": case.model_dump(mode="json")}
+    return Job(
+        id=name,
+        environment="train",
+        case_ids=(name,),
+        argv=(*_torchrun(case.devices, case.nodes), "-m", "harness.payload.probe", "job.json"),
+        env=_env(case.device, case.devices, "train", case.nodes) | _probe_env(case),
+        device=case.device,
+        devices=case.devices,
+        nodes=case.nodes,
+        time_limit_s=case.time_limit_s,
+        stall_s=case.stall_s,
+        payload=payload,
+    )
+
+
+def _probe_env(case: ProbeCase) -> dict[str, str]:
+    """What a probe pins: the interface of both libraries' sockets, the way between GPUs, how much the libraries say."""
+    found: dict[str, str] = {}
+    if case.interface:
+        # NCCL takes a bare name for the beginning of one.
+        found |= {"GLOO_SOCKET_IFNAME": case.interface, "NCCL_SOCKET_IFNAME": f"={case.interface}"}
+    if not case.p2p:
+        found["NCCL_P2P_DISABLE"] = "1"
+    if case.debug:
+        found |= PROBE_DEBUG[case.device]
+    return found
 
 
 def _train_argv(case: TrainCase) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance,
 PACKAGE = Path(harness.__file__).parent
 NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full"})
 """Failure classes that say nothing of the case: the next run measures it again without being asked."""
-Case = schema.TrainCase | schema.ServeCase | schema.ChainCase
+Case = schema.AnyCase
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _environments(plan: Plan, box: boxes.Box, recorded: store.Run | None) -> tup
     if recorded:
         return recorded.info().environments
     kinds = {case.kind for case in plan.cases}
-    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain"}, "serve": {"serve", "chain"}}
+    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain", "probe"}, "serve": {"serve", "chain"}}
     return tuple(box.environment(name) for name, users in wanted.items() if kinds & users)
 
 
@@ -167,6 +167,8 @@ def _provenance(plan: Plan, directory: store.Run, backend: str, environments: tu
 
 
 def _weights(case: Case) -> str:
+    if isinstance(case, schema.ProbeCase):
+        return "no"
     weights = case.train.weights if isinstance(case, schema.ChainCase) else case.weights
     return weights if weights in ("random", "hub") else "path"
 

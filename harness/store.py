@@ -203,7 +203,7 @@ class Run:
         names += sorted(set(paths) - set(names))
         return [read_value(paths[name], Record, schema.RECORD_VERSION) for name in names]
 
-    def _planned(self) -> list[schema.TrainCase | schema.ServeCase | schema.ChainCase]:
+    def _planned(self) -> list[schema.AnyCase]:
         if not (self.folder / "plan.json").is_file():
             return []
         plan = self.plan()

@@ -1,7 +1,8 @@
 """Matrix text + catalog -> Plan: every case fully resolved, every impossible point a skip with its reason.
 
 A matrix is YAML 1.2 with the keys `version`, `name`, `defaults`, and blocks under `train`, `serve`, `chain` and
-`probe`. Each block is the product of its keys' values, less `exclude`, plus `include`. Cases + skips = the product + includes.
+`probe`. Each block is the product of its keys' values, less `exclude`, plus `include`. Cases + skips = the product +
+includes.
 """
 
 from __future__ import annotations

@@ -56,7 +56,11 @@ EXCLUDABLE: dict[Kind, Readers] = {
     kind: {name: read for name, read in readers.items() if _last(name) not in NOT_EXCLUDABLE} | LOADS[kind]
     for kind, readers in READERS.items()
 }
-DEFAULTS: Readers = {name: read for name, read in {**READERS["probe"], **READERS["train"], **READERS["serve"]}.items() if name != "adapter"}
+DEFAULTS: Readers = {
+    name: read
+    for name, read in {**READERS["probe"], **READERS["train"], **READERS["serve"]}.items()
+    if name != "adapter"
+}
 """Keys that `defaults` takes: those of every block but `adapter`, which means another thing in a chain."""
 
 

@@ -21,14 +21,17 @@ from harness.observe import nccl, telemetry
 from harness.observe.coerce import text
 from harness.observe.lines import KINDS, MAX_NOTES, RankSeen, Seen
 from harness.observe.live import Live, peek
+from harness.observe.probes import probe
 from harness.schema import (
     Case,
     ChainCase,
     Observation,
+    ProbeCase,
     RankObservation,
     ServeCase,
     ServeObservation,
     Steps,
+    TrainCase,
     TrainObservation,
     case_id,
 )
@@ -191,9 +194,10 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
     train, serve = _read(job_dirs[:first]), _read(job_dirs[first:])
     halves = (train, serve)
     ids = {case_id(case), case_id(case.serve)} if isinstance(case, ChainCase) else {case_id(case)}
-    warmup_steps = (
-        0 if isinstance(case, ServeCase) else (case.train if isinstance(case, ChainCase) else case).warmup_steps
-    )
+    training = case.train if isinstance(case, ChainCase) else case
+    warmup_steps = training.warmup_steps if isinstance(training, TrainCase) else 0
+    probing = isinstance(case, ProbeCase)
+    probed = probe(train) if probing else None
     ranks = _ranks(serve if isinstance(case, ServeCase) else train)
     rows = _gpu_rows(ranks) // (2 if chain else 1)
     watched = (telemetry.read("train", job_dirs[:first], _steady_window(train, warmup_steps), rows),
@@ -201,8 +205,9 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
     said = [note for one in watched for note in one.notes]
     return Observation(
         ranks=ranks,
-        train=_train(train, warmup_steps),
+        train=None if probing else _train(train, warmup_steps),
         serve=_serve(serve, ids),
+        probe=probed,
         errors=_errors(halves, ids),
         notes=tuple({**dict.fromkeys(said), **train.notes, **serve.notes})[:MAX_NOTES],
         libraries={**serve.libraries, **train.libraries},

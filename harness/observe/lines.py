@@ -14,12 +14,16 @@ from typing import Any
 from pydantic import JsonValue
 
 from harness.observe.coerce import Json, count, json_value, mapping, real, seconds, text
-from harness.schema import Latency, LoadPoint, Nonfinite, PhaseMemory, Smoke
+from harness.schema import Latency, LoadPoint, Nonfinite, PhaseMemory, ProbeArrival, ProbeCheck, ProbeSeries, Smoke
 
 MAX_NOTES = 30
 MAX_LIBRARIES = 100
 MAX_PHASES = 24
 """Phases of one rank, in memory and in time."""
+
+MAX_CHECKS = 64
+MAX_SIZES = 32
+MAX_TIMES = 500
 
 _MEMORY = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "peak_rss_bytes")
 _LOAD_COUNTS = ("concurrency", "input_len", "output_len", "requests", "completed", "failed", "output_tokens")
@@ -36,6 +40,10 @@ class RankSeen:
     start: dict[str, Any] = field(default_factory=dict)
     memory: dict[str, PhaseMemory] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
+    checks: list[ProbeCheck] = field(default_factory=list)
+    series: dict[int, ProbeSeries] = field(default_factory=dict)
+    """All-reduces by size."""
+    arrival: ProbeArrival | None = None
     last_phase: str | None = None
     ended: bool = False
 
@@ -235,6 +243,35 @@ def _smoke(seen: Seen, rank: RankSeen, event: Json) -> None:
     )
 
 
+def _check(seen: Seen, rank: RankSeen, event: Json) -> None:
+    name, ok = text(event.get("name"), 60), event.get("ok")
+    if not name or not isinstance(ok, bool) or len(rank.checks) >= MAX_CHECKS:
+        seen.problem("a check without its name or verdict, or one too many")
+        return
+    found, expected = real(event.get("found")), real(event.get("expected"))
+    rank.checks.append(ProbeCheck(rank=rank.rank, name=name, ok=ok, expected=expected, found=found))
+
+
+def _arrival(seen: Seen, rank: RankSeen, event: Json) -> None:
+    rank.arrival = ProbeArrival(rank=rank.rank, work_s=_times(event, "work_s"), wait_s=_times(event, "wait_s"))
+
+
+def _collective(seen: Seen, rank: RankSeen, event: Json) -> None:
+    size = count(event.get("size_bytes"))
+    if not size or (size not in rank.series and len(rank.series) >= MAX_SIZES):
+        seen.problem("a collective without a size, or of too many sizes")
+        return
+    seen.fact("timer", text(event.get("timer"), 40))
+    warmup = count(event.get("warmup")) or 0
+    rank.series[size] = ProbeSeries(rank=rank.rank, size_bytes=size, warmup=warmup, time_s=_times(event, "time_s"))
+
+
+def _times(event: Json, name: str) -> tuple[float | None, ...]:
+    """A column of seconds, of which a value that is none stays as nothing."""
+    values = event.get(name)
+    return tuple(_six(seconds(value)) for value in values[:MAX_TIMES]) if isinstance(values, list) else ()
+
+
 def _server_memory(seen: Seen, rank: RankSeen, event: Json) -> None:
     peak = _larger(seen.facts.get("peak_rss_bytes"), count(event.get("peak_rss_bytes")))
     if peak is not None:
@@ -274,6 +311,7 @@ def _alive(seen: Seen, rank: RankSeen, event: Json) -> None:
 KINDS: dict[str, Callable[[Seen, RankSeen, Json], None]] = {
     "start": _start, "phase": _phase, "memory": _memory, "proof": _proof, "step": _step, "eval": _eval, "save": _save,
     "reload": _reload, "merge": _merge, "nonfinite": _nonfinite, "server": _server, "ready": _ready,
-    "load_point": _load_point, "smoke": _smoke, "server_memory": _server_memory, "alive": _alive, "note": _note,
+    "load_point": _load_point, "smoke": _smoke, "server_memory": _server_memory, "check": _check,
+    "arrival": _arrival, "collective": _collective, "alive": _alive, "note": _note,
     "error": _error, "end": _end,
 }  # fmt: skip

@@ -97,6 +97,10 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
+def _gb(bytes_per_s: float | None) -> float | None:
+    return None if bytes_per_s is None else bytes_per_s / 1e9
+
+
 MEASURES = (
     Measure("training throughput", "tokens/s", True, _train(lambda train: train.tokens_per_s)),
     Measure("step time p50", "s", False, _train(lambda train: train.step_time_s.p50)),
@@ -106,6 +110,8 @@ MEASURES = (
     Measure("output throughput", "tokens/s", True, _serve(lambda load: load.output_tokens_per_s)),
     Measure("TTFT p50", "ms", False, _serve(lambda load: _ms(load.ttft.p50_s))),
     Measure("TPOT p50", "ms", False, _serve(lambda load: _ms(load.tpot.p50_s))),
+    Measure("bus bandwidth", "GB/s", True, lambda entry: _gb(entry.probe.bus_bytes_per_s) if entry.probe else None),
+    Measure("all-reduce latency", "ms", False, lambda entry: _ms(entry.probe.latency_s) if entry.probe else None),
     Measure("failed requests", "requests", False, _serve(lambda load: load.failed)),
 )
 

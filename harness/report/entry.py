@@ -10,6 +10,7 @@ from typing import Any
 from harness.report.words import TIMES, digits, one_line, plural
 from harness.schema import NOT_IDENTITY, AnyCase, ChainCase, ProbeCase, Record, ServeCase, TrainCase
 from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
+from harness.summary.probes import ProbeSummary
 
 Case = AnyCase
 
@@ -18,7 +19,8 @@ NOISY = 0.10
 UNEVEN = 1.20
 """Ratio between ranks, of memory or of time before the first collective, from which it is named (our own threshold)."""
 IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "seq_len", "concurrency",
-                        "input_len", "output_len", "adapter", *NOT_IDENTITY})  # fmt: skip
+                        "input_len", "output_len", "adapter", "interface", "p2p", "debug", "sizes_bytes",
+                        *NOT_IDENTITY})  # fmt: skip
 """Case fields that the tables show, or that follow from one they show."""
 
 
@@ -79,6 +81,16 @@ class Entry:
         return self.summary.serve if self.summary and self.record.status == "measured" else None
 
     @property
+    def probe(self) -> ProbeSummary | None:
+        """Statistics of a measured probe; a failed one yields no number."""
+        return self.summary.probe if self.summary and self.record.status == "measured" else None
+
+    @property
+    def subject(self) -> str:
+        """What the case is about: its variant, or for a probe the ranks that talk."""
+        return talkers(self.case) if isinstance(self.case, ProbeCase) else self.case.variant
+
+    @property
     def why_missing(self) -> str:
         """Why this record has no number where it has none."""
         reasons = {"failed": "not measured: the case failed", "skipped": "not measured: the case was skipped"}
@@ -137,7 +149,7 @@ def _differs(mine: Comparable, usual: Comparable) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 # ---------------------------------------------------------------- words for a case
@@ -146,7 +158,9 @@ def _plain(value: Any) -> str:
 def place(case: TrainCase) -> str:
     """Where a training case runs: `1 device`, `ddp`, its devices, and its nodes where they are several."""
     nodes = f" on {case.nodes} nodes" if case.nodes > 1 else ""
-    return f"{case.strategy} {TIMES} {case.devices}{nodes}" if case.strategy != "none" else plural(case.devices, "device")
+    return (
+        f"{case.strategy} {TIMES} {case.devices}{nodes}" if case.strategy != "none" else plural(case.devices, "device")
+    )
 
 
 def label(case: Case) -> str:
@@ -156,7 +170,21 @@ def label(case: Case) -> str:
     if isinstance(case, ServeCase):
         model = "" if case.adapter == "none" else f" {case.adapter.split('/')[-1]}"
         return f"{case.variant}{model}, {case.concurrency} at once, {case.input_len} in, {case.output_len} out"
+    if isinstance(case, ProbeCase):
+        return _probe_label(case)
     return f"{case.variant} chain, {case.train.method}, {case.serve.adapter} served"
+
+
+def talkers(case: ProbeCase) -> str:
+    """Which ranks a probe lets talk: how many, and over what."""
+    nodes = f" on {case.nodes} nodes" if case.nodes > 1 else ""
+    return f"{'gloo' if case.device == 'cpu' else 'NCCL'} {TIMES} {case.devices}{nodes}"
+
+
+def _probe_label(case: ProbeCase) -> str:
+    marks = [f"over {case.interface}" if case.interface else "", "" if case.p2p else "P2P off",
+             "debug" if case.debug else ""]  # fmt: skip
+    return ", ".join(part for part in (f"all-reduce probe, {talkers(case)}", *marks) if part)
 
 
 def full_label(entry: Entry) -> str:
@@ -173,7 +201,7 @@ def verdict(entry: Entry) -> tuple[str, str]:
     if record.status == "failed":
         diagnosis = record.last.diagnosis if record.last else None
         return "bad", one_line(diagnosis.summary) if diagnosis else "failed, with no diagnosis"
-    remarks = [*_train_remarks(entry), *_serve_remarks(entry)]
+    remarks = [*_train_remarks(entry), *_serve_remarks(entry), *_probe_remarks(entry)]
     if entry.cap_gib is not None:
         return ("note" if remarks else "good"), "; ".join([fits(entry.cap_gib), *remarks])
     return ("note", "; ".join(remarks)) if remarks else ("good", "ran as asked")
@@ -211,13 +239,20 @@ def _serve_remarks(entry: Entry) -> list[str]:
     return remarks
 
 
+def _probe_remarks(entry: Entry) -> list[str]:
+    probe = entry.probe
+    if probe is None or probe.late_rank is None:
+        return []
+    return [f"rank {probe.late_rank} comes late ({TIMES} {probe.late_ratio:.2f} before the collective)"]
+
+
 def number_label(entry: Entry) -> str:
     """What kind of number this record holds, and of which weights."""
     provenance = entry.record.provenance
     if provenance is None or entry.record.status != "measured":
         return "no number"
     kind = provenance.number_kind if entry.cap_gib is None else f"capped at {entry.cap_gib:g} GiB"
-    return f"{kind}, {one_line(provenance.weights, 60)} weights"
+    return kind if isinstance(entry.case, ProbeCase) else f"{kind}, {one_line(provenance.weights, 60)} weights"
 
 
 def counts(records: Sequence[Record]) -> dict[str, int]:

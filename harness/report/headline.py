@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from harness.report import probes
 from harness.report.compare import Compared
 from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, place, verdict
 from harness.report.parts import when
@@ -78,10 +79,11 @@ def answers(rows: Sequence[Entry]) -> list[Answer]:
     """The few things that a reader of these cases asks first, per variant and device type."""
     indexed = list(enumerate(rows))
     found: list[Answer | None] = []
-    for variant, device in dict.fromkeys((row.case.variant, row.case.device) for row in rows):
-        mine = [(i, row) for i, row in indexed if (row.case.variant, row.case.device) == (variant, device)]
+    for variant, device in dict.fromkeys((row.subject, row.case.device) for row in rows):
+        mine = [(i, row) for i, row in indexed if (row.subject, row.case.device) == (variant, device)]
         name = f"{variant} on {'CPU' if device == 'cpu' else 'GPU'}"
-        found += [_fastest(mine, name), _longest(mine, name), _leanest(mine, name), _most_served(mine, name)]
+        found += [_fastest(mine, name), _longest(mine, name), _leanest(mine, name), _most_served(mine, name),
+                  _widest(mine)]  # fmt: skip
     found.append(_chains(indexed))
     return [answer for answer in found if answer][:MAX_ANSWERS]
 
@@ -148,6 +150,15 @@ def _most_served(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     because = (f"{load.concurrency} requests at once; TTFT p95 {ms(load.ttft.p95_s).text} ms, "
                f"TPOT p95 {ms(load.tpot.p95_s).text} ms; n = {plural(load.completed, 'request')}")  # fmt: skip
     return _answer(f"Most served, {name}", f"{digits(load.output_tokens_per_s or 0)} output tokens/s", because, best)
+
+
+def _widest(rows: Sequence[tuple[int, Entry]]) -> Answer | None:
+    best = _best(rows, lambda row: row.probe.bus_bytes_per_s if row.probe else None)
+    if best is None or best[1].probe is None:
+        return None
+    probe = best[1].probe
+    because = f"all-reduce of {size(probe.bus_size_bytes).text}, {full_label(best[1])}"
+    return _answer(f"Widest between ranks, {best[1].subject}", f"{probes.bus(probe).text} GB/s bus", because, best)
 
 
 def _chains(rows: Sequence[tuple[int, Entry]]) -> Answer | None:

@@ -164,7 +164,7 @@ def _table(kind: str, rows: Sequence[tuple[int, Entry]]) -> dict[str, Any]:
 
 def _row(index: int, entry: Entry, cells: Sequence[Cell]) -> dict[str, Any]:
     record, (tone, sentence) = entry.record, verdict(entry)
-    name = Cell(one_line(entry.case.variant, 80), record.case_id, one_line(entry.case.variant, 80))
+    name = Cell(one_line(entry.subject, 80), record.case_id, one_line(entry.subject, 80))
     apart = [
         one_line(text, 160)
         for text in (entry.beside, entry.differs, "added by a ladder" if record.parent else "")

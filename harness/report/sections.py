@@ -9,6 +9,7 @@ from harness.report import figures
 from harness.report.entry import Entry, number_label, peak_row
 from harness.report.gpus import gpu_sections
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
+from harness.report.probes import probe_sections, proof_section
 from harness.report.sampled import sampled_sections
 from harness.report.tables import mfu
 from harness.report.words import (
@@ -36,9 +37,10 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     record, attempt = entry.record, entry.record.last
     found: list[Section | None] = [_skip(entry)]
     if attempt is not None:
-        found += [*_failure(attempt, link), _training_results(entry), _serving_results(entry), _latencies(entry),
-                  *_figures(entry, attempt), _memory_table(entry), _ranks(entry, attempt), *_gpus(entry, attempt),
-                  _proof(attempt), _phases(entry, attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
+        found += [*_failure(attempt, link), *probe_sections(entry, attempt), _training_results(entry),
+                  _serving_results(entry), _latencies(entry), *_figures(entry, attempt), _memory_table(entry),
+                  _ranks(entry, attempt), *_gpus(entry, attempt), _proof(attempt), proof_section(attempt),
+                  _phases(entry, attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
     found += [_case(entry)]
     found += [_provenance(record.provenance), _environments(record.provenance.environments)] if record.provenance \
         else []  # fmt: skip
@@ -298,7 +300,7 @@ def environment_row(of: Environment) -> tuple[Cell, ...]:
             word(of.python), word(libraries))  # fmt: skip
 
 
-_ENDINGS = ("timed_out", "stalled", "host_oom_killed", "interrupted", "lost")
+_ENDINGS = ("timed_out", "stalled", "host_oom_killed", "interrupted", "lost", "node_failed", "preempted", "cancelled")
 ENVIRONMENT_HEAD = ("environment", "box", "pinned", "digest", "Python", "libraries")
 
 

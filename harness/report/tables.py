@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from harness.report import probes
 from harness.report.entry import Entry, fits, peak_row, place
 from harness.report.words import Cell, count, digits, duration, gib, missing, ms, number, one_line, percent, plural
 from harness.schema import ServeCase, TrainCase
@@ -166,6 +167,20 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("J/token", "Energy of all GPUs under the load over the generated tokens", _serve(joules), optional=True),
         _FAILED,
     ),
+    "probe": (
+        Column("Sizes", "Sizes of all-reduce that were timed", probes.of_probe(lambda p: count(len(p.sizes)))),
+        Column("Bus GB/s", "Largest bus bandwidth over the sizes: bytes over median time, times 2(n-1)/n",
+               probes.of_probe(probes.bus)),
+        Column("Latency", "Median time of the smallest all-reduce", probes.of_probe(lambda p: duration(p.latency_s))),
+        Column("Connected by", "As NCCL's log says, or over which interface", probes.transport, False),
+        Column("Interface", "The one that was asked for",
+               probes.of_case(lambda case: _text(case.interface) if case.interface else missing("left open")), False),
+        Column("P2P", "May GPUs copy to each other directly",
+               probes.of_case(lambda case: missing("a CPU has none") if case.device == "cpu" else
+                              _text("on" if case.p2p else "off")), False, True),
+        Column("Late rank", "The rank whose work before the collective takes 1.2 times the median, or more",
+               probes.of_probe(lambda p: missing("none") if p.late_rank is None else _text(p.late_rank)), False),
+    ),
     "chain": (
         _METHOD, _STRATEGY, _SEQ_LEN, _MODEL, _TOKENS, *_MEMORY,
         Column("Merge", "Time to merge the adapter into the base",
@@ -177,7 +192,8 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
 }  # fmt: skip
 
-KINDS = {"train": "Training", "serve": "Serving", "chain": "Chains: train, save, reload, serve"}
+KINDS = {"train": "Training", "serve": "Serving", "chain": "Chains: train, save, reload, serve",
+         "probe": "Probes of the communication between ranks"}  # fmt: skip
 
 
 def columns_of(kind: str, rows: Sequence[Entry]) -> list[Column]:
@@ -193,6 +209,8 @@ def key_number(entry: Entry) -> Cell:
     """The one number of a case that a list shows."""
     if entry.record.status != "measured":
         return missing(entry.why_missing)
+    if entry.case.kind == "probe":
+        return probes.key_number(entry)
     if entry.cap_gib is not None:
         return Cell(fits(entry.cap_gib), "", entry.cap_gib)
     if entry.train and entry.case.kind == "train":

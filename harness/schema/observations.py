@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import JsonValue
 
 from harness.schema.base import Frozen
+from harness.schema.probes import ProbeObservation
 
 
 class PhaseMemory(Frozen):
@@ -268,6 +269,7 @@ class Observation(Frozen):
     ranks: tuple[RankObservation, ...] = ()
     train: TrainObservation | None = None
     serve: ServeObservation | None = None
+    probe: ProbeObservation | None = None
     errors: tuple[dict[str, JsonValue], ...] = ()
     """The payload's `error` events as written: rank, phase, type, message, traceback."""
     notes: tuple[str, ...] = ()

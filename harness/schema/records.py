@@ -58,7 +58,7 @@ class Provenance(Frozen):
     gpus: tuple[Gpu, ...] = ()
     driver: str | None = None
     weights: str
-    """`random`, `hub@<commit>`, or `path`."""
+    """`random`, `hub@<commit>`, or `path`; `no` where the case has no model."""
 
 
 class JobRun(Frozen):

@@ -20,6 +20,7 @@ from harness.schema import (
     Frozen,
     LoadPoint,
     PhaseMemory,
+    ProbeCase,
     RankObservation,
     Record,
     ServeCase,
@@ -29,6 +30,7 @@ from harness.schema import (
     TrainObservation,
 )
 from harness.summary.energy import GpuSummary, summarize_gpus
+from harness.summary.probes import ProbeSummary, summarize_probe
 from harness.summary.utilisation import Utilisation, utilisation
 
 Measure = Literal["allocated", "rss_growth", "rss"]
@@ -137,6 +139,7 @@ class Summary(Frozen):
 
     train: TrainSummary | None = None
     serve: ServeSummary | None = None
+    probe: ProbeSummary | None = None
 
 
 def summarize(record: Record) -> Summary | None:
@@ -149,7 +152,8 @@ def summarize(record: Record) -> Summary | None:
     seen = attempt.observation
     train = _train(training, attempt, seen.train) if isinstance(training, TrainCase) and seen.train else None
     serve = _serve(serving, attempt, seen.serve) if isinstance(serving, ServeCase) and seen.serve else None
-    return Summary(train=train, serve=serve) if train or serve else None
+    probe = summarize_probe(case, seen.probe) if isinstance(case, ProbeCase) and seen.probe else None
+    return Summary(train=train, serve=serve, probe=probe) if train or serve or probe else None
 
 
 # ---------------------------------------------------------------- samples to numbers

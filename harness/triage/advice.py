@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.schema import Case, ServeCase, TrainCase
+from harness.schema import Case, ProbeCase, ServeCase, TrainCase
 from harness.triage.missing import serving_of, training_of
 
 
 def values(case: Case) -> dict[str, object]:
     """What `{...}` in a summary or a next step may name; a value that has no further step down is not among them."""
     train, serve = training_of(case), serving_of(case)
+    if isinstance(case, ProbeCase):
+        return {"devices": case.devices, "time_limit_s": f"{case.time_limit_s:g}",
+                "double_time_limit_s": f"{2 * case.time_limit_s:g}"}  # fmt: skip
     found: dict[str, object] = {"variant": case.variant}
     if serve:
         found |= _serving(serve)

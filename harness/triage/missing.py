@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from harness.schema import Case, ChainCase, Observation, ServeCase, TrainCase
+from harness.schema import Case, ChainCase, Observation, ProbeCase, ServeCase, TrainCase
 
 
 def missing(case: Case, observation: Observation) -> list[str]:
@@ -11,6 +11,8 @@ def missing(case: Case, observation: Observation) -> list[str]:
         return _training(case, observation, "none")
     if isinstance(case, ServeCase):
         return _serving(observation)
+    if isinstance(case, ProbeCase):
+        return _probing(case, observation)
     return [*_training(case.train, observation, case.serve.adapter), *_serving(observation)]
 
 
@@ -67,6 +69,36 @@ def _failed_checks(observation: Observation) -> str:
     smoke = observation.serve.smoke if observation.serve else None
     failed = [name for name, passed in smoke.checks.items() if not passed] if smoke else []
     return ", ".join(failed) or "no answer"
+
+
+def _probing(case: ProbeCase, observation: Observation) -> list[str]:
+    probe = observation.probe
+    if probe is None:
+        return ["the probe left no events"]
+    wrong = [check for check in probe.checks if not check.ok]
+    short = [size for size in case.sizes_bytes if sum(one.size_bytes == size for one in probe.series) < case.devices]
+    wanted = {
+        f"{case.devices} ranks were asked for, {len(observation.ranks)} left events": len(observation.ranks)
+        >= case.devices,
+        "nothing was proven before the first measurement": bool(probe.proof),
+        **{f"rank {one.rank} found {one.found} for {one.name}, not {one.expected}": False for one in wrong[:4]},
+        "no known sum was checked": bool(probe.checks),
+        f"{len(short)} of {len(case.sizes_bytes)} sizes were not measured on every rank": not short,
+    }
+    late = [f"rank {rank.rank} did not reach its end" for rank in observation.ranks if not rank.ended]
+    return [*_not_set(case, observation), *(said for said, there in wanted.items() if not there), *late]
+
+
+def _not_set(case: ProbeCase, observation: Observation) -> list[str]:
+    """What was proven to differ from what was asked, by the payload or by NCCL's own log."""
+    found = list(observation.probe.proof_mismatches) if observation.probe else []
+    nccl = observation.nccl
+    direct = [name for name in nccl.transports if name.startswith("P2P")] if nccl else []
+    if direct and not case.p2p:
+        found.append(f"P2P was to be off, and NCCL connects ranks by {', '.join(direct)}")
+    if nccl and nccl.interfaces and case.interface and case.interface not in nccl.interfaces:
+        found.append(f"NCCL uses {', '.join(nccl.interfaces)}, not {case.interface}")
+    return found
 
 
 def training_of(case: Case) -> TrainCase | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from harness import observe, triage
 from harness.schema import (
+    AnyCase,
     Attempt,
     ChainCase,
     Environment,
@@ -41,7 +42,7 @@ from .script import (
     start_ranks,
 )
 
-Case = TrainCase | ServeCase | ChainCase
+Case = AnyCase
 HOSTILE = "<script>alert('log')</script><img src=x onerror=alert(1)> \x1b[31m& {{7*7}} ]]> --> javascript:alert(2)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,37 @@ def _gpu(nvml: Any, index: int) -> Gpu:
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         total_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
     )
+
+
+def of_nodes(job_dirs: Sequence[Path]) -> dict[str, Any]:
+    """Fields of `Provenance` as a cluster's nodes said them in `node.<name>.txt` of these jobs; empty where none did.
+
+    Processor, memory and cores are those of the first node; hosts and GPUs those of all.
+    """
+    found = [_node(path) for folder in job_dirs for path in sorted(folder.glob("node.*.txt"))]
+    nodes = {node["name"]: node for node in found if node["name"]}
+    if not nodes:
+        return {}
+    first = next(iter(nodes.values()))
+    gpus = tuple(gpu for node in nodes.values() for gpu in node["gpus"])
+    same = {"cpu": first["cpu"], "cpu_count": first["cpus"], "memory_bytes": first["memory_bytes"]}
+    return {**same, "hosts": tuple(nodes), "gpus": gpus, "driver": first["driver"]}
+
+
+def _node(path: Path) -> dict[str, Any]:
+    """What one node said; a line that does not read counts for nothing."""
+    found: dict[str, Any] = {"name": "", "cpus": 0, "memory_bytes": 0, "cpu": "", "gpus": [], "driver": None}
+    for line in _lines(path):
+        key, _, value = line.partition(" ")
+        if key == "gpu" and len(cells := [cell.strip() for cell in value.split(",")]) == 5 and cells[3].isdigit():
+            total = int(cells[3]) * 1024**2
+            found["gpus"].append(Gpu(index=int(cells[0]), name=cells[1], uuid=cells[2], total_bytes=total))
+            found["driver"] = cells[4]
+        elif key in ("cpus", "memory_kib") and value.isdigit():
+            found |= {"cpus": int(value)} if key == "cpus" else {"memory_bytes": int(value) * 1024}
+        elif key in ("node", "cpu"):
+            found["name" if key == "node" else "cpu"] = value
+    return found
 
 
 def commit(root: Path) -> str | None:

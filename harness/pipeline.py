@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import backends, boxes, launch, matrix, observe, results, schema, store, triage
+from harness import backends, boxes, climb, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
 from harness.schema import Attempt, Job, JobRun, Plan, Record
 from harness.session import Case, Options, Session, Work, begin, next_work, pending_work, record_skips, unmeasured
@@ -39,6 +39,8 @@ class Progress:
     """Where a run stands."""
 
     total: int
+    """Cases that this call looks after, those included that ladders have added."""
+    added: int
     records: tuple[Record, ...]
     kept: frozenset[str]
     """Ids of the records that no job of this call made."""
@@ -70,9 +72,9 @@ def run(path: Path, options: Options, watch: Callable[[Progress], None] = lambda
     directory = store.Run(options.runs / plan.name)
     with _full_disk_explained(directory), directory.locked():
         session = begin(plan, directory, options)
-        notes = session.backend.reap(directory.folder)
+        notes = session.backend.adopt(directory.folder)
         record_skips(session)
-        _work_through(session, pending_work(session), watch)
+        _work_through(session, pending_work(session) + climb.begin(session), watch)
         records = tuple(directory.records())
         page = results.render(directory)
     return Result(directory, records, frozenset(session.kept), page, tuple(notes))
@@ -82,7 +84,7 @@ def pending(path: Path, options: Options) -> tuple[Plan, list[Case]]:
     """The plan, and its cases that `run` would measure now."""
     plan = matrix.load(path)
     directory = store.Run(options.runs / plan.name)
-    return plan, unmeasured(plan, directory, options)
+    return plan, climb.upcoming(plan, directory, unmeasured(plan, directory, options), options)
 
 
 def cancel(directory: store.Run) -> list[str]:
@@ -130,7 +132,7 @@ def _work_through(session: Session, waiting: list[Work], watch: Callable[[Progre
             for work in [work for work in active if work.over or work.job.id in ended]:
                 _advance(session, work, waiting, active)
             watch(_progress(session, active))
-            time.sleep(POLL_S if active else 0)
+            time.sleep(max(POLL_S, session.backend.pause_s) if active else 0)
     finally:
         _end_all(session, active)
     watch(_progress(session, []))
@@ -138,18 +140,23 @@ def _work_through(session: Session, waiting: list[Work], watch: Callable[[Progre
 
 def _start_what_fits(session: Session, waiting: list[Work], active: list[Work]) -> None:
     for work in list(waiting):
-        devices = _slots(session, work)
+        devices = _slots(session, work, len(active))
         if devices is not None:
             waiting.remove(work)
             active.append(work)
             session.free -= devices
             work.devices, work.started_at = devices, time.time()
-            if not work.over:
+            if not work.over and not work.at_work:
                 _submit(session, work)
 
 
-def _slots(session: Session, work: Work) -> frozenset[str] | None:
-    """The devices to give a job, `None` while they are taken; a CPU case has the host to itself."""
+def _slots(session: Session, work: Work, active: int) -> frozenset[str] | None:
+    """The devices to give a job, `None` while they are taken; a CPU case has the host to itself.
+
+    A backend that has devices of its own gives them itself: it only bounds the number of jobs.
+    """
+    if session.backend.at_once is not None:
+        return frozenset() if active < session.backend.at_once else None
     if work.job.device == "cpu":
         return session.slots if session.free == session.slots else None
     gpus = sorted((slot for slot in session.free if slot != "cpu"), key=int)
@@ -159,11 +166,13 @@ def _slots(session: Session, work: Work) -> frozenset[str] | None:
 
 def _submit(session: Session, work: Work) -> None:
     job = work.job
-    if job.device == "cuda":
+    if job.device == "cuda" and work.devices:
         chosen = ",".join(sorted(work.devices, key=int)[: job.devices])
         # The driver's order, in which the slots are numbered, is that of the bus; CUDA's own is the fastest first.
         devices = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": chosen}
         job = job.model_copy(update={"env": job.env | devices})
+    if session.options.host_memory_gib is not None:
+        job = job.model_copy(update={"host_memory_gib": session.options.host_memory_gib})
     folder = session.run.job_dir(job.id, work.attempt)
     folder.mkdir(parents=True, exist_ok=True)
     command = session.box.wrap(job, folder.resolve(), session.run.payload_root.resolve())
@@ -185,6 +194,7 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
         waiting.insert(0, next_work(session, work.cases, work.attempt, lost))
         return
     _keep(session, work, attempts)
+    waiting += climb.after(session, work.cases)
     if not session.options.keep_artifacts:
         for job in work.jobs:
             session.run.tidy(job.id, work.attempt)
@@ -193,7 +203,8 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
 def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
     """Whether the attempt is no result yet: something other than the job itself ended it."""
     last = work.outcomes[-1]
-    return (last.lost or last.interrupted) and any(one.diagnosis for one in attempts) and len(work.lost) < MAX_LOST
+    taken = last.lost or last.interrupted or last.node_failed or last.preempted
+    return taken and any(one.diagnosis for one in attempts) and len(work.lost) < MAX_LOST
 
 
 def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:
@@ -215,7 +226,9 @@ def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:
 
 
 def _end_all(session: Session, active: Sequence[Work]) -> None:
-    """Leave nothing at work behind, whatever made the loop end."""
+    """Leave nothing at work behind, whatever made the loop end; jobs that another harness can adopt go on."""
+    if session.backend.outlives:
+        return
     open_tickets = [work.at_work for work in active if work.at_work]
     for ticket in open_tickets:
         session.backend.cancel(ticket)
@@ -244,8 +257,9 @@ def _record(session: Session, case: Case, work: Work, attempt: Attempt) -> Recor
         case=case,
         status="failed" if attempt.diagnosis else "measured",
         attempts=(*map(_without_numbers, earlier[-MAX_EARLIER:]), attempt),
-        provenance=session.provenance_of(case),
+        provenance=session.provenance_of(case, [session.run.job_dir(job.id, work.attempt) for job in work.jobs]),
         finished_at=time.time(),
+        **climb.origin(session, case),
     )
 
 
@@ -281,7 +295,8 @@ def _progress(session: Session, active: Sequence[Work]) -> Progress:
         if work.at_work
     )
     return Progress(
-        total=len(session.cases),
+        total=len(session.cases) + len(session.added),
+        added=len(session.added),
         records=tuple(session.done.values()),
         kept=frozenset(session.kept),
         running=running,
@@ -293,7 +308,7 @@ def _seconds_left(session: Session) -> float | None:
     fresh = len(session.done) - len(session.kept)
     if not fresh:
         return None
-    return (time.monotonic() - session.began) / fresh * (len(session.cases) - len(session.done))
+    return (time.monotonic() - session.began) / fresh * (len(session.cases) + len(session.added) - len(session.done))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from harness.errors import HarnessError
 from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
 
 PACKAGE = Path(harness.__file__).parent
-NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full"})
+NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full", "node_failed", "preempted"})
 """Failure classes that say nothing of the case: the next run measures it again without being asked."""
 Case = schema.AnyCase
 
@@ -32,6 +33,8 @@ class Options:
     keep_artifacts: bool = False
     have: tuple[Path, ...] = ()
     """Folders whose run directories' measured records stand for the same cases here."""
+    host_memory_gib: float | None = None
+    """What a job may use of the host's memory, in a box that can hold it to that."""
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Session:
     done: dict[str, Record] = field(default_factory=dict)
     kept: set[str] = field(default_factory=set)
     """Ids of the cases that had a record already, here or elsewhere."""
+    added: dict[str, tuple[str, schema.Rung | None]] = field(default_factory=dict)
+    """Cases that ladders have added: by id, the id of the parent and the rung."""
     began: float = field(default_factory=time.monotonic)
 
     def keep(self, record: Record) -> None:
@@ -92,19 +97,23 @@ class Session:
         self.run.save(record)
         self.done[record.case_id] = record
 
-    def provenance_of(self, case: Case) -> Provenance:
-        """Where the case's numbers come from: this host, or what the recorded run says of them."""
+    def provenance_of(self, case: Case, job_dirs: Sequence[Path] = ()) -> Provenance:
+        """Where the case's numbers come from: this host, its jobs' nodes, or what the recorded run says of them."""
         record = self.recorded.record(schema.case_id(case)) if self.recorded else None
         if record and record.provenance:
             return record.provenance.model_copy(update={"number_kind": "replayed", "backend": "replay"})
         held = isinstance(case, schema.TrainCase) and case.memory_cap_gib is not None
         kind = "capped" if held else self.provenance.number_kind
-        return self.provenance.model_copy(update={"weights": _weights(case), "number_kind": kind})
+        nodes = host.of_nodes(job_dirs) if self.backend.at_once is not None else {}
+        return self.provenance.model_copy(update={"weights": _weights(case), "number_kind": kind, **nodes})
 
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     """Bind the run directory to this plan and these environments; HarnessError where it holds numbers of others."""
     backend, box = backends.get(options.backend), boxes.get(options.box)
+    if options.host_memory_gib is not None and box.name not in boxes.MEMORY_LIMITED:
+        limited = " or ".join(boxes.MEMORY_LIMITED)
+        raise HarnessError(f"the box {box.name} cannot limit a job's memory", f"--host-memory needs --box {limited}")
     recorded = _recorded(options)
     environments = _environments(plan, box, recorded)
     directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
@@ -137,7 +146,19 @@ def _environments(plan: Plan, box: boxes.Box, recorded: store.Run | None) -> tup
         return recorded.info().environments
     kinds = {case.kind for case in plan.cases}
     wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain", "probe"}, "serve": {"serve", "chain"}}
-    return tuple(box.environment(name) for name, users in wanted.items() if kinds & users)
+    return tuple(_environment(plan, box, name, users) for name, users in wanted.items() if kinds & users)
+
+
+def _environment(plan: Plan, box: boxes.Box, name: schema.EnvironmentName, users: set[str]) -> Environment:
+    """The one environment for all jobs of a kind; HarnessError where the box has another for each device."""
+    devices = sorted({case.device for case in plan.cases if case.kind in users})
+    found = [box.environment(name, device) for device in devices]
+    if len({environment.digest for environment in found}) > 1:
+        raise HarnessError(
+            f"{plan.source} has cases on a CPU and on GPUs, for which the box {box.name} has two {name} images",
+            "a run directory holds numbers of one: put them into two matrices",
+        )
+    return found[0]
 
 
 def _recorded_gpus(recorded: store.Run) -> tuple[schema.Gpu, ...]:
@@ -215,19 +236,23 @@ def skipped(skip: schema.Skip) -> Record:
 
 
 def pending_work(session: Session) -> list[Work]:
-    """The work left, in the plan's order; what this host cannot give becomes a skip with its reason."""
+    """The work left, in the plan's order; what this host cannot give becomes a skip with its reason.
+
+    Cases of a search are left to it (`climb`).
+    """
     todo: list[Case] = []
+    searched = {name for search in session.plan.frontiers for name in search.case_ids}
     elsewhere = evidence.below(session.options.have)
     here = evidence.Place(session.provenance.environments, session.provenance.gpus, session.provenance.cpu)
     for case in session.cases:
         if record := _standing(session, case, elsewhere, here):
             session.done[record.case_id] = record
             session.kept.add(record.case_id)
-        elif reason := _lacking(session, case):
-            session.keep(skipped(schema.Skip(case=case, rule="host_lacks_gpus", reason=reason)))
-        else:
+        elif lacking := _lacking(session, case):
+            session.keep(skipped(schema.Skip(case=case, rule=lacking[0], reason=lacking[1])))
+        elif schema.case_id(case) not in searched:
             todo.append(case)
-    return [_work(session, cases) for cases in launch.group(todo)]
+    return [work_for(session, cases) for cases in launch.group(todo)]
 
 
 def _standing(session: Session, case: Case, elsewhere: evidence.Found, here: evidence.Place) -> Record | None:
@@ -249,14 +274,18 @@ def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]
     return [case for case in cases if not evidence.standing(case, elsewhere, here)]
 
 
-def _lacking(session: Session, case: Case) -> str | None:
+def _lacking(session: Session, case: Case) -> tuple[str, str] | None:
+    """The rule and the reason why this case cannot run here."""
+    for job in launch.jobs((case,), 1):
+        if reason := session.backend.lacking(job):
+            return "backend_cannot", reason
     gpus = len(session.slots) - 1
-    if case.device == "cuda" and case.devices > gpus:
-        return f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
+    if session.backend.at_once is None and case.device == "cuda" and case.devices > gpus:
+        return "host_lacks_gpus", f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
     return None
 
 
-def _work(session: Session, cases: tuple[Case, ...]) -> Work:
+def work_for(session: Session, cases: tuple[Case, ...]) -> Work:
     """The next attempt at these cases, or the last one where its jobs ended and only the record is missing."""
     latest = max(session.run.attempts(launch.jobs(cases, 1)[0].id), default=0)
     if latest and not any(_decided(session, case) for case in cases):
@@ -286,12 +315,19 @@ def _take_up(session: Session, work: Work) -> bool:
     for job in work.jobs:
         ticket = session.run.ticket(job.id, work.attempt)
         outcome = session.run.outcome(job.id, work.attempt)
+        if session.backend.outlives and outcome is None and (ticket is not None or work.outcomes):
+            work.tickets += [ticket] if ticket else []  # still at work, or the next job of a chain never began
+            return ticket is None or _asked_the_same(session, job, work.attempt)
         if ticket is None or outcome is None or outcome.interrupted or outcome.lost:
             return False
-        if not set(job.case_ids) <= session.run.cases_of(job.id, work.attempt):
+        if not _asked_the_same(session, job, work.attempt):
             return False  # a server that was started for other load points
         work.tickets.append(ticket)
         work.outcomes.append(outcome)
         if not outcome.ok:
             return True
     return True
+
+
+def _asked_the_same(session: Session, job: Job, attempt: int) -> bool:
+    return set(job.case_ids) <= session.run.cases_of(job.id, attempt)

@@ -27,6 +27,24 @@ class Backend(Protocol):
     def name(self) -> str:
         """The word that `get` knows it by."""
 
+    @property
+    def at_once(self) -> int | None:
+        """Most jobs submitted and not ended; `None`: as many as this host's devices take."""
+
+    @property
+    def outlives(self) -> bool:
+        """Whether jobs go on when the control plane ends, for another one to adopt."""
+
+    @property
+    def pause_s(self) -> float:
+        """How long at least to wait between two calls of `poll`."""
+
+    def lacking(self, job: Job) -> str | None:
+        """Why it cannot run the job at all, in a sentence; `None` where it can."""
+
+    def adopt(self, run_dir: Path) -> list[str]:
+        """Before a run goes on: see to what an earlier control plane left at work; lines for a person."""
+
     def submit(self, job: Job, command: Command, job_dir: Path) -> Ticket:
         """Lay `job.json` and the job's files, start `command`; `ticket.json` is on disk when it returns."""
 
@@ -46,6 +64,7 @@ class Backend(Protocol):
 REGISTRY = {
     "local": "harness.backends.local",
     "replay": "harness.backends.replay",
+    "slurm": "harness.backends.slurm",
 }
 """Module of each backend; it defines `open_backend(argument)`."""
 

@@ -33,9 +33,22 @@ class Local:
     """Starts jobs on this host; they end as interrupted when the process that started them is gone."""
 
     name = "local"
+    at_once = None
+    outlives = False
+    pause_s = 0.0
 
     def __init__(self) -> None:
         self._supervisors: dict[str, subprocess.Popen[bytes]] = {}
+
+    def lacking(self, job: Job) -> str | None:
+        """More than one node: it has this host alone."""
+        if job.nodes > 1:
+            return f"needs {job.nodes} nodes; the local backend has this host alone, so use --backend slurm"
+        return None
+
+    def adopt(self, run_dir: Path) -> list[str]:
+        """End what an earlier control plane left: its jobs were to end with it."""
+        return self.reap(run_dir)
 
     def submit(self, job: Job, command: Command, job_dir: Path) -> Ticket:
         """Start `command`; HarnessError where the directory was used before or cannot be written."""

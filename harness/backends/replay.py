@@ -30,11 +30,22 @@ class Replay:
     """Answers each job with what was recorded of the job with the same id."""
 
     name = "replay"
+    at_once = None
+    outlives = False
+    pause_s = 0.0
 
     def __init__(self, cassette: Path) -> None:
         self._jobs = cassette / "jobs"
         if not self._jobs.is_dir():
             raise HarnessError(f"{cassette} is no recorded run: it has no folder `jobs`", HINT)
+
+    def lacking(self, job: Job) -> str | None:
+        """Nothing: what was recorded did run."""
+        return None
+
+    def adopt(self, run_dir: Path) -> list[str]:
+        """Nothing is left at work by a copy."""
+        return []
 
     def submit(self, job: Job, command: Command, job_dir: Path) -> Ticket:
         """Copy the recorded files into `job_dir`; HarnessError where the job was not recorded, or did not end."""

@@ -61,7 +61,7 @@ class Command(Frozen):
     cwd: str
     cleanup: tuple[str, ...] = ()
     """argv that ends and removes what the command started outside its own process tree, such as a container; a backend
-    runs it, in `env`, at every end. It may print one JSON object with fields of an `Outcome`: what it saw of the end."""
+    runs it, in `env`, at every end. It may print one JSON object with fields of an `Outcome`, as it saw the end."""
 
 
 class Ticket(Frozen):
@@ -87,7 +87,20 @@ class Outcome(Frozen):
     interrupted: bool = False
     """Ended from outside: Ctrl-C, `cancel`, or the control plane died."""
     lost: bool = False
-    """The supervisor is gone and left no word."""
+    """The supervisor is gone and left no word; neither a scheduler's queue nor its accounting knows the job."""
+    node_failed: bool = False
+    """A scheduler ended it because a node did not answer any more; `failed_hosts` are to be avoided."""
+    preempted: bool = False
+    """A scheduler took its place for a job of higher priority."""
+    cancelled: bool = False
+    """A person ended it with the scheduler's own means, past this program."""
+    scheduler_state: str | None = None
+    """The scheduler's own word for the end, such as TIMEOUT."""
+    scheduler_job: str | None = None
+    """The scheduler's id of the job."""
+    hosts: tuple[str, ...] = ()
+    """Nodes that a scheduler gave it, by the scheduler's names."""
+    failed_hosts: tuple[str, ...] = ()
     start: float
     """Unix seconds."""
     end: float
@@ -96,4 +109,5 @@ class Outcome(Frozen):
     @property
     def ok(self) -> bool:
         """Ended by itself with exit code 0."""
-        return self.exit_code == 0 and not (self.timed_out or self.stalled or self.interrupted or self.lost)
+        taken = self.interrupted or self.lost or self.node_failed or self.preempted or self.cancelled
+        return self.exit_code == 0 and not (self.timed_out or self.stalled or taken)

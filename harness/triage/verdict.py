@@ -83,6 +83,26 @@ def _interrupted(facts: Facts) -> Diagnosis | None:
                   "Give the same command again: it resumes with this case.", "established")  # fmt: skip
 
 
+def _taken_by_the_scheduler(facts: Facts) -> Diagnosis | None:
+    """Ends that a cluster made, which say nothing of the case."""
+    found = next((outcome for outcome in facts.outcomes if outcome.node_failed or outcome.preempted
+                  or outcome.cancelled), None)  # fmt: skip
+    if found is None:
+        return None
+    if found.node_failed:
+        nodes = ", ".join(found.failed_hosts or found.hosts) or "unknown"
+        culprit = Culprit(host=found.failed_hosts[0]) if found.failed_hosts else None
+        return _plain(facts, "node_failed", f"A node failed under the job: {nodes}.",
+                      "Give the same command again: it leaves that node out; tell the site about it.",
+                      "established", culprit=culprit, cause="unknown")  # fmt: skip
+    if found.preempted:
+        return _plain(facts, "preempted", "The scheduler gave the job's place to one of higher priority.",
+                      "Give the same command again, or name a QOS or partition that is not preempted.",
+                      "established")  # fmt: skip
+    return _plain(facts, "cancelled", "A person cancelled the job at the scheduler.",
+                  "Ask who did; `harness run --retry-failed` measures the case again.", "established")  # fmt: skip
+
+
 def _not_as_requested(facts: Facts) -> Diagnosis | None:
     train = facts.observation.train
     if not train or not train.proof_mismatches:
@@ -252,8 +272,8 @@ def _first_missing(facts: Facts) -> str:
 
 
 RULES: tuple[Callable[[Facts], Diagnosis | None], ...] = (
-    _interrupted, _not_as_requested, _nan_loss, _host_memory, _initiating_event, _initiating_line, _killed_rank,
-    _consequence, _stalled, _timed_out, _lost, _terminated, _traceback, _incomplete,
+    _interrupted, _taken_by_the_scheduler, _not_as_requested, _nan_loss, _host_memory, _initiating_event,
+    _initiating_line, _killed_rank, _consequence, _stalled, _timed_out, _lost, _terminated, _traceback, _incomplete,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What an interpreter has installed, asked of the interpreter itself without importing any of it."""
+"""What an interpreter has installed, asked of it without importing any of it; and what a lock says it should have."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ print(json.dumps({"python": platform.python_version(), "distributions": found}))
 """The first distribution of a name on the path is the one that an import finds."""
 
 PROBE_TIMEOUT_S = 60
+
+BOOTSTRAP = frozenset({"pip", "setuptools", "wheel"})
+"""What `python -m venv` may lay into any environment by itself."""
+
+_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;\\]+)\s*(?P<marker>;[^\\]*)?")
+
+Lock = dict[str, tuple[set[str], bool]]
+"""By name: the versions that the lock allows on some platform, and is it wanted on every one."""
 
 THAT_MATTER = (
     "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "tokenizers", "safetensors",
@@ -81,3 +89,25 @@ def _ask(python: str, python_path: str) -> str:
         [python, *flags, "-c", PROBE], env=env, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=True
     )
     return answer.stdout
+
+
+def read_lock(text: str) -> Lock:
+    """What the requirements in `text` allow; markers are not evaluated, an entry with one may be missing."""
+    lock: Lock = {}
+    for line in text.splitlines():
+        if match := _REQUIREMENT.match(line):
+            versions, always = lock.get(normalised(match["name"]), (set(), True))
+            lock[normalised(match["name"])] = (versions | {match["version"]}, always and not match["marker"])
+    return lock
+
+
+def lock_differences(distributions: dict[str, str], lock: Lock) -> tuple[str, ...]:
+    """Each way in which what is installed is not what the lock says, a sentence each."""
+    found = []
+    for name, version in sorted(distributions.items()):
+        if name not in lock and name not in BOOTSTRAP:
+            found.append(f"{name} {version} is installed, and the lock does not have it")
+        elif name in lock and version not in lock[name][0]:
+            found.append(f"{name} {version} is installed, and the lock says {' or '.join(sorted(lock[name][0]))}")
+    missing = (name for name, (_, always) in sorted(lock.items()) if always and name not in distributions)
+    return (*found, *(f"{name} is in the lock, and not installed" for name in missing))

@@ -10,9 +10,9 @@ import pytest
 
 from harness import boxes
 from harness.boxes.variables import allowed
-from harness.boxes.venv import VenvBox, read_lock
+from harness.boxes.venv import VenvBox
 from harness.errors import HarnessError
-from harness.installed import Installed
+from harness.installed import Installed, read_lock
 from harness.schema import Job
 
 JOB = Job(

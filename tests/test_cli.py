@@ -11,7 +11,7 @@ import pytest
 from harness import cli
 
 ROOT = Path(__file__).parent.parent
-VERBS = {"plan", "run", "report", "show", "doctor", "cancel", "triage", "drill"}
+VERBS = {"plan", "run", "report", "show", "doctor", "cancel", "triage", "drill", "build", "verify"}
 
 MATRIX = """\
 version: 1

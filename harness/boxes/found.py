@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.boxes.variables import allowed
 from harness.errors import HarnessError
 from harness.installed import installed
-from harness.schema import Command, Environment, EnvironmentName, Job
+from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
 VARIABLE = "HARNESS_PYTHON"
 
@@ -22,7 +22,7 @@ class FoundBox:
     def __init__(self, root: Path | None = None) -> None:
         del root  # An interpreter that is found belongs to no checkout.
 
-    def environment(self, name: EnvironmentName) -> Environment:
+    def environment(self, name: EnvironmentName, device: DeviceType = "cpu") -> Environment:
         """What the interpreter has, PYTHONPATH included."""
         found = installed(_python(), _python_path())
         return Environment(

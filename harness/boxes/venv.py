@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import harness
 from harness.boxes.variables import allowed
 from harness.errors import HarnessError
-from harness.installed import Installed, installed, normalised
-from harness.schema import Command, Environment, EnvironmentName, Job
+from harness.installed import Installed, installed, lock_differences, read_lock
+from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
 LOCKS = ("cpu.txt", "cuda.txt")
 """Hash-locked requirements of an environment, in images/<environment>/."""
-
-BOOTSTRAP = frozenset({"pip", "setuptools", "wheel"})
-"""What `python -m venv` may lay into any environment by itself."""
-
-_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[^\s;\\]+)\s*(?P<marker>;[^\\]*)?")
-
-Lock = dict[str, tuple[set[str], bool]]
-"""By name: the versions that the lock allows on some platform, and is it wanted on every one."""
-
 
 CHECKOUT = Path(harness.__file__).resolve().parent.parent
 
@@ -50,7 +40,7 @@ class VenvBox:
             raise HarnessError(f"the {name} environment is missing: {python}", f"make it with ./tools/setup {name}")
         return installed(str(python))
 
-    def environment(self, name: EnvironmentName) -> Environment:
+    def environment(self, name: EnvironmentName, device: DeviceType = "cpu") -> Environment:
         """What is installed; pinned where it is what one of the environment's locks says."""
         found = self._installed(name)
         return Environment(
@@ -68,7 +58,7 @@ class VenvBox:
         files = [path for lock in LOCKS if (path := self._images / name / lock).exists()]
         if not files:
             return (f"there is no lock in images/{name}",)
-        each = [_differences(found.distributions, read_lock(path.read_text(encoding="utf-8"))) for path in files]
+        each = [lock_differences(found.distributions, read_lock(path.read_text(encoding="utf-8"))) for path in files]
         return min(each, key=len)
 
     def wrap(self, job: Job, job_dir: Path, payload_root: Path) -> Command:
@@ -78,24 +68,3 @@ class VenvBox:
         env["PATH"] = f"{python.parent}:{env.get('PATH', os.defpath)}"
         env["PYTHONPATH"] = str(payload_root)
         return Command(argv=(str(python), *job.argv[1:]), env=env | job.env, cwd=str(job_dir))
-
-
-def read_lock(text: str) -> Lock:
-    """What the requirements in `text` allow; markers are not evaluated, an entry with one may be missing."""
-    lock: Lock = {}
-    for line in text.splitlines():
-        if match := _REQUIREMENT.match(line):
-            versions, always = lock.get(normalised(match["name"]), (set(), True))
-            lock[normalised(match["name"])] = (versions | {match["version"]}, always and not match["marker"])
-    return lock
-
-
-def _differences(distributions: dict[str, str], lock: Lock) -> tuple[str, ...]:
-    found = []
-    for name, version in sorted(distributions.items()):
-        if name not in lock and name not in BOOTSTRAP:
-            found.append(f"{name} {version} is installed, and the lock does not have it")
-        elif name in lock and version not in lock[name][0]:
-            found.append(f"{name} {version} is installed, and the lock says {' or '.join(sorted(lock[name][0]))}")
-    missing = (name for name, (_, always) in sorted(lock.items()) if always and name not in distributions)
-    return (*found, *(f"{name} is in the lock, and not installed" for name in missing))

@@ -11,11 +11,14 @@ from harness.cli import runs  # importing a module registers its verbs, in the o
 from harness.cli import logs
 
 # isort: split
+from harness.cli import images
+
+# isort: split
 from harness.cli import drill
 from harness.cli.common import app
 from harness.errors import HarnessError
 
-__all__ = ["app", "drill", "logs", "main", "runs"]
+__all__ = ["app", "drill", "images", "logs", "main", "runs"]
 
 
 def main() -> int:

@@ -1,0 +1,90 @@
+"""Verbs about pinned software: build, verify, fetch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from harness.cli.common import Json, app, console, print_json
+
+if TYPE_CHECKING:
+    from harness.containers import build as builds
+    from harness.containers import verify as verifying
+
+
+@app.command()
+def build(
+    environment: Annotated[str | None, typer.Argument(help="train or serve; both where it is left out.")] = None,
+    variant: Annotated[str, typer.Option("--variant", help="cuda or cpu.")] = "cuda",
+    arch: Annotated[
+        list[str] | None,
+        typer.Option("--arch", help="Compute capability to compile kernels for, such as 9.0; may be repeated."),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Another base image, by digest: NAME@sha256:...")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Compilers at once, each of up to 5 GB.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Build the container images of the locked environments, and note them in images/images.lock."""
+    from harness.containers import build as builds
+
+    requests = builds.requests(environment, variant, arch, base, jobs)
+    say = _quietly if as_json else _progress()
+    built = [builds.build(request, builds.CHECKOUT, say) for request in requests]
+    if as_json:
+        print_json([json.loads(one.model_dump_json()) for one in built])
+    else:
+        for one in built:
+            console().print(_built_line(one), soft_wrap=True)
+
+
+def _quietly(line: str) -> None:
+    """Say nothing."""
+
+
+def _progress() -> builds.Say:
+    """Each line of a build as it comes, dimmed where that can be seen."""
+    from rich.text import Text
+
+    out = console()
+    return lambda line: out.print(Text(line, style="dim"), soft_wrap=True)
+
+
+def _built_line(built: builds.Built) -> str:
+    state = "unchanged" if built.unchanged else "built"
+    size = built.image.size_bytes / 1e9
+    return f"{built.name}: {state}, {built.image.image}, {size:.2f} GB, {built.seconds:.0f} s"
+
+
+@app.command()
+def verify(
+    image: Annotated[str, typer.Argument(help="train-cpu, train-cuda, serve-cpu, serve-cuda, or an image's id.")],
+    as_json: Json = False,
+) -> int:
+    """Start an image, import all that is in it, and say where it differs from its lock."""
+    from harness.containers import verify as verifying
+    from harness.containers.build import CHECKOUT
+
+    verdict = verifying.verify(image, CHECKOUT)
+    if as_json:
+        print(verdict.model_dump_json(indent=1))
+    else:
+        _show_verdict(verdict)
+    return 0 if verdict.ok else 1
+
+
+def _show_verdict(verdict: verifying.Verdict) -> None:
+    from rich.table import Table
+
+    out = console()
+    out.print(f"{verdict.name} {verdict.image}", soft_wrap=True)
+    out.print(f"Python {verdict.python}, {verdict.packages} packages, {verdict.imported} modules imported")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("check", "state", "detail"):
+        table.add_column(heading, overflow="fold")
+    for check in verdict.checks:
+        table.add_row(check.what, check.state, check.detail)
+    out.print(table)
+    for line in verdict.without_gpu:
+        out.print(f"not checked here: {line}", soft_wrap=True)

@@ -72,7 +72,9 @@ def test_the_recipes_own_order_can_be_chosen() -> None:
     asked = OOM.model_copy(update={"order": "seed003"})
     found = climb(train(activation_checkpointing=False, micro_batch=2), "oom_gpu_backward", asked=asked)
     assert names(found) == ["activation_checkpointing", "micro_batch"]
-    assert "does not offload" in found[0].rung.passed_over[0].why
+    assert "only what FSDP2 has sharded" in found[0].rung.passed_over[0].why
+    sharded = train(strategy="fsdp", devices=8, micro_batch=1)
+    assert names(climb(sharded, "oom_gpu_load", asked=asked)) == ["cpu_offload"]
 
 
 def test_the_effective_batch_stays() -> None:

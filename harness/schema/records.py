@@ -97,6 +97,8 @@ class Record(Frozen):
     """Id of the case that a ladder or a search made this one from."""
     rung: Rung | None = None
     """How a ladder made this case from its parent."""
+    frontier: str | None = None
+    """The field whose largest fitting value a search looks for, with this case as one of its grid."""
     ladder_end: LadderEnd | None = None
     """Why the ladder that was asked for goes no further from here."""
     provenance: Provenance | None = None

@@ -137,9 +137,11 @@ def _batch(case: TrainCase, ranks: int) -> dict[str, int]:
     return {"micro_batch": size, "grad_accum": each // size}
 
 
-def cpu_offload(case: TrainCase, means: Means) -> str:
-    """Not to be had yet."""
-    return "the trainer of this version does not offload to the CPU"
+def cpu_offload(case: TrainCase, means: Means) -> TrainCase | str:
+    """Shards kept on the host."""
+    if case.strategy != "fsdp" or case.device == "cpu":
+        return "only what FSDP2 has sharded over GPUs can wait on the host"
+    return "the shards wait on the host already" if case.cpu_offload else case.model_copy(update={"cpu_offload": True})
 
 
 def activation_checkpointing(case: TrainCase, means: Means) -> TrainCase | str:

@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "lose": False,  # its supervisor is killed at the first step
     "helper": False,  # starts a child in a session of its own, which outlives it
     "write_bytes": 0,  # into a file, at the first step
+    "room": None,  # runs out of memory at the first step where micro_batch * seq_len tokens are more
+    "oom": "CUDA out of memory. Tried to allocate 96.00 MiB.",  # what it says then
 }
 FAKE = DEFAULTS | json.loads(os.environ.get("FAKE", "{}"))
 
@@ -33,6 +35,9 @@ def train(job: dict[str, Any], case: dict[str, Any]) -> None:
     logs[0].write("proof", trainable_parameters=7, mismatches=[])
     for step in range(1, case["steps"] + 1):
         misbehave(step)
+        if FAKE["room"] is not None and case["micro_batch"] * case["seq_len"] > FAKE["room"]:
+            logs[0].write("error", phase="train", type="OutOfMemoryError", message=FAKE["oom"], traceback="")
+            sys.exit(1)
         for log in logs:
             log.write("step", step=step, start=time.time(), step_time_s=0.5, tokens=64, padded_tokens=64,
                       loss=2.0 / step, grad_norm=1.0)  # fmt: skip

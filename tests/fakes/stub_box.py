@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from harness import boxes
-from harness.schema import Command, Environment, EnvironmentName, Job
+from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
 PAYLOAD = Path(__file__).resolve().parent / "case_payload.py"
 Behaviour = Sequence[tuple[str, dict[str, Any]]]
@@ -31,7 +31,7 @@ class StubBox:
     def __init__(self, behaviour: Behaviour = ()) -> None:
         self.behaviour = behaviour
 
-    def environment(self, name: EnvironmentName) -> Environment:
+    def environment(self, name: EnvironmentName, device: DeviceType = "cpu") -> Environment:
         return Environment(name=name, box="stub", digest="sha256:0", pinned=False, python="3", libraries={})
 
     def differences(self, name: EnvironmentName) -> tuple[str, ...]:

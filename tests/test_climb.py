@@ -1,0 +1,214 @@
+"""What a run adds to its plan: ladders after a failure and searches, counted apart, resumed, and always over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import stub_box
+from fakes.stub_run import MATRIX, Bench, failure, status
+
+from harness import boxes, host, pipeline, store
+from harness.schema import Gpu, Record, TrainCase
+from harness.session import Options
+
+ON_GPU = MATRIX.replace("device: cpu", "device: cuda")
+LADDER = ON_GPU + "train:\n  - {method: lora, seq_len: 512, micro_batch: 4, ladder: oom}\n"
+SEARCH = ON_GPU + "train:\n  - {method: lora, seq_len: {from: 64, to: 1024, step: 64}, frontier: seq_len}\n"
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    box = stub_box.StubBox()
+    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
+    gpus = (Gpu(index=0, name="GPU", uuid="GPU-0", total_bytes=2**34),)
+    monkeypatch.setattr(host, "gpus", lambda: (gpus, "580.0"))
+    return Bench(tmp_path, box)
+
+
+def train(record: Record) -> TrainCase:
+    assert isinstance(record.case, TrainCase)
+    return record.case
+
+
+def chain(records: tuple[Record, ...]) -> list[Record]:
+    """The planned case and what its ladder added, in order."""
+    found = [next(record for record in records if record.parent is None)]
+    while child := next((record for record in records if record.parent == found[-1].case_id), None):
+        found.append(child)
+    return found
+
+
+# ---------------------------------------------------------------- ladders
+
+
+def test_a_failed_case_climbs_to_one_that_fits_and_stays_failed_itself(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 300})]
+    result = bench.run(LADDER)
+    climbed = chain(result.records)
+    assert [(train(one).seq_len, train(one).micro_batch, train(one).grad_accum) for one in climbed] == [
+        (512, 4, 1), (256, 4, 1), (128, 4, 1), (128, 2, 2),
+    ]  # fmt: skip
+    assert [one.status for one in climbed] == ["failed", "failed", "failed", "measured"]
+    assert [one.rung.name for one in climbed if one.rung] == ["seq_len", "seq_len", "micro_batch"]
+    assert climbed[-1].ladder_end is not None
+    assert climbed[-1].ladder_end.reason == "it ran with micro_batch"
+    assert len(result.records) == 4
+
+
+def test_off_is_off(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 300})]
+    (record,) = bench.run(LADDER.replace("ladder: oom", "ladder: off")).records
+    assert record.ladder_end is None
+
+
+def test_contention_adds_nothing_and_says_why(bench: Bench) -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has a total capacity of 79.00 GiB of which 9.00 MiB is "
+        "free. Process 4711 has 61.00 GiB memory in use. Including non-PyTorch memory, this process has 17.00 GiB "
+        "memory in use."
+    )
+    bench.box.behaviour = [("*", {"room": 300, "oom": said})]
+    (record,) = bench.run(LADDER).records
+    assert failure(record) == "oom_gpu_contention"
+    assert record.ladder_end is not None
+    assert "another process holds" in record.ladder_end.reason
+
+
+def test_budgets_of_tries_and_minutes_end_it(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 1})]
+    tries = bench.run(LADDER.replace("ladder: oom", "ladder: oom, ladder_tries: 2"))
+    assert [one.rung.name for one in chain(tries.records) if one.rung] == ["seq_len", "seq_len"]
+    end = chain(tries.records)[-1].ladder_end
+    assert end is not None
+    assert end.reason == "ladder_tries: 2 of 2 are spent"
+    more = bench.run(LADDER.replace("ladder: oom", "ladder: oom, ladder_tries: 3"))  # a greater budget goes on
+    assert [one.rung.name for one in chain(more.records) if one.rung] == ["seq_len", "seq_len", "micro_batch"]
+    assert [one.ladder_end is None for one in chain(more.records)] == [True, True, True, False]
+
+
+def test_a_rerun_takes_no_longer_than_the_budget_has_left(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 1})]
+    result = bench.run(LADDER.replace("ladder: oom", "ladder: oom, ladder_minutes: 0.5, ladder_tries: 1"))
+    child = chain(result.records)[1]
+    assert train(child).time_limit_s == 30
+
+
+def test_a_second_run_adds_nothing(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 300})]
+    bench.run(LADDER)
+    before, started = bench.stamps(), bench.attempts()
+    again = bench.run(LADDER)
+    assert (bench.stamps(), bench.attempts()) == (before, started)
+    assert len(again.kept) == 4
+
+
+@pytest.mark.parametrize("when", ["at work", "before its record"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_killed_in_mid_ladder_it_goes_on_there(
+    bench: Bench, number: int, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.box.behaviour = [("*", {"room": 300, "step_s": 0.3 if when == "at work" else 0.0})]
+    save = store.Run.save
+
+    def interrupt(progress: pipeline.Progress) -> None:
+        if when == "at work" and progress.added == number and progress.running:
+            raise KeyboardInterrupt
+
+    def die(run: store.Run, record: Record) -> None:
+        if when == "before its record" and len(bench.stamps()) == number and not run.record(record.case_id):
+            raise KeyboardInterrupt
+        save(run, record)
+
+    monkeypatch.setattr(store.Run, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(LADDER, interrupt)
+    assert len(bench.stamps()) == number
+    monkeypatch.setattr(store.Run, "save", save)
+    bench.box.behaviour = [("*", {"room": 300})]
+    climbed = chain(bench.run(LADDER).records)
+    assert [train(one).seq_len for one in climbed] == [512, 256, 128, 128]
+    attempts = bench.attempts()
+    assert sorted(attempts.values()) == ([1, 1, 1, 1] if when == "before its record" else [1, 1, 1, 2])
+
+
+def test_a_rung_that_the_matrix_plans_itself_is_not_run_twice(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 1100})]
+    text = LADDER.replace("seq_len: 512", "seq_len: [512, 256]")
+    result = bench.run(text)
+    assert status(result.records) == {"failed": 1, "measured": 1}
+    end = result.failed[0].ladder_end
+    assert end is not None
+    assert end.leads_to == next(record.case_id for record in result.records if record.status == "measured")
+    assert end.reason == "the next rung is seq_len, and the matrix plans that case itself"
+
+
+def test_two_ladders_that_meet_share_the_case(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 600})]
+    result = bench.run(LADDER.replace("seq_len: 512", "seq_len: [512, 256]"))
+    assert max(bench.attempts().values()) == 1
+    assert [train(one).seq_len for one in result.records if one.parent] == [128]
+    assert sum(one.ladder_end is not None and one.ladder_end.leads_to is not None for one in result.records) == 1
+
+
+def test_a_case_that_fails_otherwise_has_no_ladder(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"fail_at_step": 1})]
+    (record,) = bench.run(LADDER).records
+    assert record.ladder_end is not None
+    assert record.ladder_end.reason == "app_exception is not what the oom ladder answers"
+
+
+# ---------------------------------------------------------------- searches
+
+
+def test_a_search_finds_what_the_grid_finds_in_a_third_of_the_runs(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 700})]
+    result = bench.run(SEARCH)
+    states = {train(record).seq_len: record for record in result.records}
+    assert len(states) == 16
+    assert max(length for length, record in states.items() if record.status == "measured") == 640
+    assert failure(states[704]) in ("oom_gpu_forward", "oom_gpu_backward")
+    assert sum(bench.attempts().values()) <= 16 / 3
+    assert states[64].skip_reason == "Not measured: seq_len 576 ran, and the search is for the largest." or (
+        states[64].skip_rule == "frontier_below"
+    )
+    assert states[1024].skip_rule == "frontier_above"
+    assert all(record.frontier == "seq_len" for record in result.records)
+    assert not [record for record in result.records if record.parent]
+
+
+def test_a_search_goes_on_where_it_was_and_ends(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 700})]
+
+    def interrupt(progress: pipeline.Progress) -> None:
+        if sum(record.status != "skipped" for record in progress.records) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(SEARCH, interrupt)
+    _, pending = pipeline.pending(bench.matrix, Options(runs=bench.runs, box="stub"))
+    assert len(pending) == 1
+    result = bench.run(SEARCH)
+    assert max(train(one).seq_len for one in result.records if one.status == "measured") == 640
+    assert pipeline.pending(bench.matrix, Options(runs=bench.runs, box="stub"))[1] == []
+    before = bench.stamps(), bench.attempts()
+    bench.run(SEARCH)
+    assert (bench.stamps(), bench.attempts()) == before
+    assert sum(bench.attempts().values()) <= 6
+
+
+@pytest.mark.parametrize(("room", "largest"), [(10, None), (10_000, 1024)])
+def test_a_search_at_either_end(bench: Bench, room: int, largest: int | None) -> None:
+    bench.box.behaviour = [("*", {"room": room})]
+    result = bench.run(SEARCH)
+    found = [train(one).seq_len for one in result.records if one.status == "measured"]
+    assert max(found, default=None) == largest
+
+
+def test_a_failure_of_another_kind_stops_a_search_without_a_claim(bench: Bench) -> None:
+    bench.box.behaviour = [("*-s576-*", {"fail_at_step": 1})]
+    result = bench.run(SEARCH)
+    assert status(result.records) == {"failed": 1, "skipped": 15}
+    reasons: Any = {record.skip_rule for record in result.records if record.status == "skipped"}
+    assert reasons == {"frontier_open"}

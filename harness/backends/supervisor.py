@@ -2,7 +2,7 @@
 
 Run as `python -I supervisor.py JOB_DIR` in a session of its own, with a pipe from the control plane as standard input:
 `go` on it starts the job, its end means that the control plane is gone. It reads `supervisor.json` (argv, env, cwd,
-cleanup, time_limit_s, stall_s, mark) and leaves `outcome.json`, the last thing it does, once nothing of the job is left.
+cleanup, time_limit_s, stall_s, mark) and leaves `outcome.json`, the last thing it does, once nothing of it is left.
 """
 
 from __future__ import annotations

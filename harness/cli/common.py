@@ -24,7 +24,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
 Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches this shell pattern.")]
 Backend = Annotated[str, typer.Option("--backend", help="Who starts the jobs: local, or replay:RUN_DIRECTORY.")]
-Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv or found.")]
+Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv, docker or found.")]
 
 
 def console() -> Console:

@@ -60,13 +60,19 @@ def run(
         list[Path] | None,
         typer.Option("--have", help="Keep what runs at or below this folder have measured in such an environment."),
     ] = None,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--host-memory", min=0.01, help="End a job that needs more GiB of the host's memory (box docker)."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     as_json: Json = False,
 ) -> int:
     """Measure a matrix; on an existing run directory, go on where it stopped."""
     from harness import pipeline, session
 
-    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()))
+    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory)
     if dry_run:
         return _dry_run(matrix, options, as_json)
     if as_json:

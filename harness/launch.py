@@ -217,7 +217,9 @@ def _torchrun(ranks: int, nodes: int = 1) -> tuple[str, ...]:
     """torchrun of these ranks; on several nodes by its c10d rendezvous, held by the first of them."""
     launcher = ("python", "-m", "torch.distributed.run")
     if nodes == 1:
-        return (*launcher, "--standalone", f"--nproc_per_node={ranks}", "--log-dir", "logs", "--redirects", "3")
+        # As for CPU_RANKS: else torchrun hands the ranks the host's name to meet at.
+        own = ("--standalone", "--local-addr=127.0.0.1")
+        return (*launcher, *own, f"--nproc_per_node={ranks}", "--log-dir", "logs", "--redirects", "3")
     meeting = ("--rdzv_backend=c10d", "--rdzv_endpoint={head}:{port}", "--rdzv_id={meeting}")
     spread = (f"--nnodes={nodes}", f"--nproc_per_node={ranks // nodes}")
     return (*launcher, *spread, *meeting, "--log_dir", "logs/{node}", "--redirects", "3")

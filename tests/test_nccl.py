@@ -58,6 +58,24 @@ def test_both_ends_of_a_connection_count_once() -> None:
     assert facts.interfaces == ("mlx5_0", "mlx5_2")
 
 
+def test_what_nccl_chose_for_each_size_is_kept_once() -> None:
+    line = HEAD + "AllReduce: {} Bytes -> Algo {} proto {} channel{{Lo..Hi}}={{{}}}"
+    facts = nccl.parse([
+        line.format(1024, "TREE", "LL", "0..0"),
+        line.format(1024, "TREE", "LL", "0..0"),
+        line.format(67108864, "RING", "SIMPLE", "0..23"),
+        HEAD + "Broadcast: 4096 Bytes -> Algo RING proto LL128 channel{Lo..Hi}={2..3}",
+        HEAD + "AllReduce: 4096 Bytes -> Algo RI",
+    ])  # fmt: skip
+    assert [(one.collective, one.size_bytes, one.algorithm, one.protocol, one.channels) for one in facts.choices] == [
+        ("AllReduce", 1024, "TREE", "LL", 1),
+        ("AllReduce", 67108864, "RING", "SIMPLE", 24),
+        ("Broadcast", 4096, "RING", "LL128", 2),
+    ]
+    many = nccl.parse([line.format(size, "RING", "LL", "0..1") for size in range(4, 4000, 4)])
+    assert len(many.choices) == nccl.MAX_CHOICES
+
+
 def test_no_nvls_channels_is_no_nvls() -> None:
     assert nccl.parse([HEAD + "2 coll channels, 0 nvls channels, 2 p2p channels"]).algorithms == ()
 

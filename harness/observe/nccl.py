@@ -1,6 +1,7 @@
-"""NCCL's own log files (`NCCL_DEBUG=INFO`, subsystems INIT, ENV, NET and GRAPH, one per process) -> `NcclFacts`.
+"""NCCL's own log files (`NCCL_DEBUG=INFO`, subsystems INIT, ENV, NET, GRAPH, TUNING, one per process) -> `NcclFacts`.
 
-The wording is that of NCCL 2.19 to 2.28 (`src/init.cc`, `src/debug.cc`, `src/transport/*.cc`, `src/graph/search.cc`);
+The wording is that of NCCL 2.19 to 2.28 (`src/init.cc`, `src/debug.cc`, `src/transport/*.cc`, `src/graph/search.cc`,
+`src/enqueue.cc`);
 what a line does not say in these words is left out. Files may be cut at any byte; nothing raises.
 """
 
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.observe.coerce import text
-from harness.schema import NcclFacts, NcclLink
+from harness.schema import NcclChoice, NcclFacts, NcclLink
 
 FILE_BYTES = 4_000_000
 """Read of each file: its start, where the connections are made."""
 MAX_FILES = 256
 MAX_LINKS = 64
+MAX_CHOICES = 64
 MAX_WARNINGS = 12
 MAX_NAMES = 24
 
@@ -35,6 +37,9 @@ _SOCKET = re.compile(r"Bootstrap ?: Using ([\w.-]{1,40}):")
 _RING_PATH = re.compile(r"Pattern 4, .*\btype (\w{1,8})/(\w{1,8})")
 _CONNECTED = re.compile(r"Connected (all rings|all trees|NVLS tree|binomial trees|collnet)", re.IGNORECASE)
 _NVLS_CHANNELS = re.compile(r"\b([1-9]\d{0,3}) nvls channels")
+_CHOICE = re.compile(
+    r"\b(\w{1,30}): (\d{1,15}) Bytes -> Algo (\w{1,20}) proto (\w{1,20}) channel\{Lo\.\.Hi\}=\{(\d{1,4})\.\.(\d{1,4})\}"
+)
 _ENVIRONMENT = re.compile(r"\b(NCCL_\w{1,60}) set (?:by environment )?to (.{0,200})")
 _WARNING = re.compile(r"NCCL WARN (.{1,400})")
 _DEVICE_NUMBER = re.compile(r"^(NET/[^/]+)/\d+(?:\(\d+\))?")
@@ -52,6 +57,7 @@ class _Seen:
     connections: set[tuple[int, int, int, str]] = field(default_factory=set)
     network: str | None = None
     names: dict[str, dict[str, None]] = field(default_factory=dict)
+    choices: dict[NcclChoice, None] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
 
     def name(self, kind: str, value: str, most: int = MAX_NAMES) -> None:
@@ -91,8 +97,8 @@ def parse(lines: Sequence[str], files: int = 1) -> NcclFacts:
     return NcclFacts(
         version=seen.version, ranks=seen.ranks, nodes=seen.nodes, transports=dict(sorted(counted.items())),
         links=tuple(links), network=seen.network, interfaces=names.get("interface", ()), paths=names.get("path", ()),
-        algorithms=names.get("algorithm", ()), environment=seen.environment, warnings=names.get("warning", ()),
-        files=files,
+        algorithms=names.get("algorithm", ()), choices=tuple(seen.choices), environment=seen.environment,
+        warnings=names.get("warning", ()), files=files,
     )  # fmt: skip
 
 
@@ -142,6 +148,14 @@ def _nvls(seen: _Seen, match: re.Match[str]) -> None:
     seen.name("algorithm", "nvls")
 
 
+def _choice(seen: _Seen, match: re.Match[str]) -> None:
+    collective, size, algorithm, protocol, low, high = match.groups()
+    if len(seen.choices) < MAX_CHOICES:
+        channels = max(0, int(high) - int(low)) + 1
+        seen.choices[NcclChoice(collective=collective, size_bytes=int(size), algorithm=algorithm, protocol=protocol,
+                                channels=channels)] = None  # fmt: skip
+
+
 def _environment(seen: _Seen, match: re.Match[str]) -> None:
     if len(seen.environment) < MAX_NAMES:
         seen.environment.setdefault(match[1], (text(match[2].strip().rstrip("."), 200) or ""))
@@ -154,5 +168,5 @@ def _warning(seen: _Seen, match: re.Match[str]) -> None:
 _TAKES: tuple[tuple[re.Pattern[str], Callable[[_Seen, re.Match[str]], None]], ...] = (
     (_VERSION, _version), (_COMM, _comm), (_NODES, _nodes), (_CHANNEL, _channel), (_NETWORK, _network),
     (_INTERFACES, _interfaces), (_SOCKET, _socket), (_RING_PATH, _path), (_CONNECTED, _connected),
-    (_NVLS_CHANNELS, _nvls), (_ENVIRONMENT, _environment), (_WARNING, _warning),
+    (_NVLS_CHANNELS, _nvls), (_CHOICE, _choice), (_ENVIRONMENT, _environment), (_WARNING, _warning),
 )  # fmt: skip

@@ -25,7 +25,9 @@ def used() -> list[str]:
 
 def by_interface() -> dict[str, set[str]]:
     """Addresses of each interface of this host, as /proc spells them."""
-    found = {name: _ipv4(name) for _, name in socket.if_nameindex()}
+    found: dict[str, set[str]] = {}
+    with contextlib.suppress(OSError):
+        found = {name: _ipv4(name) for _, name in socket.if_nameindex()}
     with contextlib.suppress(OSError):
         for line in Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines():
             address, *_, name = line.split()
@@ -60,7 +62,7 @@ def _connections(table: str) -> list[tuple[str, str]]:
 def _own_sockets() -> set[str]:
     """Inodes of the sockets that this process holds."""
     found = set()
-    for name in os.listdir("/proc/self/fd"):
+    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             if match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"/proc/self/fd/{name}")):
                 found.add(match[1])

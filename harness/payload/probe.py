@@ -92,7 +92,8 @@ def join(case: dict[str, Any], journal: Journal, world_size: int) -> str:
                   host=socket.gethostname(), python=platform.python_version(),
                   libraries={"torch": torch.__version__}, device=describe(device))  # fmt: skip
     backend = "gloo" if device == "cpu" else "nccl"
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SHARE * case["stall_s"]))
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SHARE * case["stall_s"]),
+                                         device_id=None if device == "cpu" else torch.device(device))  # fmt: skip
     torch.distributed.barrier()
     return device
 
@@ -173,7 +174,7 @@ def arrive(rounds: int, device: str, journal: Journal) -> None:
     """Rounds of a fixed piece of work between a barrier and an all-reduce; a slow rank works longer and waits less."""
     import torch
 
-    factor = torch.full((1024, 1024) if device != "cpu" else (256, 256), 1e-3, device=device)
+    factor = torch.full((256, 256) if device == "cpu" else (4096, 4096), 1e-3, device=device)
     data = torch.zeros(ARRIVAL_BYTES // 4, device=device)
     work_s, wait_s = [], []
     for _ in range(rounds + WARMUP):

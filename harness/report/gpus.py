@@ -61,7 +61,6 @@ def _nccl(facts: NcclFacts | None) -> Section | None:
     if facts is None:
         return None
     shown = {name: value for name, value in facts.model_dump(mode="json").items() if value not in (None, [], {})}
-    rows = [
-        (words(name), word(plain_json(value))) for name, value in shown.items() if name not in ("links", "warnings")
-    ]
+    elsewhere = ("links", "warnings", "choices")
+    rows = [(words(name), word(plain_json(value))) for name, value in shown.items() if name not in elsewhere]
     return facts_section("How NCCL connected the ranks", rows)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from harness.report.entry import Entry
 from harness.report.parts import Section, facts_section, plain_json, table_section, word, words
-from harness.report.words import TIMES, Cell, count, digits, duration, missing, plural, size
-from harness.schema import Attempt, ProbeCase
+from harness.report.words import MISSING, TIMES, Cell, count, digits, duration, missing, plural, size
+from harness.schema import Attempt, NcclFacts, ProbeCase
 from harness.summary.probes import ProbeSize, ProbeSummary
 
 GB = 1e9
@@ -69,13 +69,20 @@ def probe_sections(entry: Entry, attempt: Attempt) -> list[Section | None]:
         ("Ranks are connected by", transport(entry)),
         ("Timed by", word(seen.timer) if seen.timer else missing()),
     ]
-    rows = [_size_row(one) for one in probe.sizes]
-    head = ("size", "n", "median", "min", "max", "algorithm GB/s", "bus GB/s")
+    chosen = _chosen(attempt.observation.nccl)
+    rows = [(*_size_row(one), *((word(chosen.get(one.size_bytes, MISSING)),) if chosen else ())) for one in probe.sizes]
+    head = ("size", "n", "median", "min", "max", "alg. GB/s", "bus GB/s", *(("NCCL chose",) if chosen else ()))
     return [
         facts_section("Probe results", facts, open=True),
         table_section("All-reduce by size, as the slowest rank timed it", head, rows, open=True),
         _arrivals(probe),
     ]
+
+
+def _chosen(nccl: NcclFacts | None) -> dict[int, str]:
+    """By size, what NCCL chose for an all-reduce."""
+    choices = [one for one in (nccl.choices if nccl else ()) if one.collective == "AllReduce"]
+    return {one.size_bytes: f"{one.algorithm} {one.protocol}, {plural(one.channels, 'channel')}" for one in choices}
 
 
 def _size_row(one: ProbeSize) -> tuple[Cell, ...]:

@@ -239,6 +239,16 @@ class NcclLink(Frozen):
     channels: int
 
 
+class NcclChoice(Frozen):
+    """What NCCL chose for a collective of one size (subsystem TUNING)."""
+
+    collective: str
+    size_bytes: int
+    algorithm: str
+    protocol: str
+    channels: int
+
+
 class NcclFacts(Frozen):
     """What NCCL's own log says of how the ranks are connected."""
 
@@ -256,6 +266,8 @@ class NcclFacts(Frozen):
     """Kinds of the best paths that NCCL found within a node, of its ring: `NVL` is NVLink, `PHB` crosses the host."""
     algorithms: tuple[str, ...] = ()
     """Those that were connected: `ring`, `tree`, `nvls`, `collnet`."""
+    choices: tuple[NcclChoice, ...] = ()
+    """As it chose them first; empty where its log was not asked for them."""
     environment: dict[str, str] = {}
     """NCCL's variables that it says it obeys."""
     warnings: tuple[str, ...] = ()

@@ -281,3 +281,86 @@ def test_the_terminal_and_the_page_show_the_verdict_and_escape_the_log(tmp_path:
     assert "&lt;script&gt;" in page
     assert "default-src 'none'" in html.unescape(page)
     assert "http" not in page.replace("http-equiv", "")
+
+
+# ---------------------------------------------------------------- who began it, and who only stood beside it
+
+TABLE = "\n".join(
+    [
+        "W0301 10:00:07.0 70 torch/distributed/elastic/api.py:1] Sending process {other} closing signal SIGTERM",
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:",
+        "Failures:",
+        "[1]:",
+        "  rank      : 1 (local_rank: 1)",
+        "  exitcode  : -15 (pid: {listed})  (SIGTERM)",
+        "Root Cause (first observed failure):",
+        "[0]:",
+        "  rank      : 0 (local_rank: 0)",
+        "  exitcode  : 1 (pid: 71)",
+    ]
+)
+GLOO = "[rank0]: RuntimeError: [/x/gloo/transport/tcp/{text}"
+
+
+def test_of_two_ranks_the_one_that_did_not_wait_is_behind(tmp_path: Path) -> None:
+    waited = GLOO.format(text="unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete")
+    found = of(tmp_path, log=f"{waited}\n{TABLE.format(other=72, listed=72)}")
+    assert found.failure_class == "coll_timeout"
+    assert found.culprit
+    assert found.culprit.rank == 1
+    (tmp_path / "log").write_text(f"{waited}\n{TABLE.format(other=72, listed=73)}")  # a third process was ended too
+    assert triage([tmp_path]).culprit is None
+
+
+def test_two_ranks_that_gave_up_in_different_collectives_disagree(tmp_path: Path) -> None:
+    def gave_up(rank: int, name: str) -> str:
+        frame = f'[rank{rank}]:   File "/x/torch/distributed/distributed_c10d.py", line 7, in {name}'
+        text = "unbound_buffer.cc:78] Timed out waiting 6000ms for recv operation to complete"
+        return (
+            f"[rank{rank}]: Traceback (most recent call last):\n{frame}\n[rank{rank}]:     work.wait()\n"
+            + GLOO.format(text=text).replace("rank0", f"rank{rank}")
+        )
+
+    other = "\n".join([gave_up(0, "all_reduce"), gave_up(1, "broadcast")])
+    assert of(tmp_path, log=other).failure_class == "coll_mismatch"
+    same = "\n".join([gave_up(0, "all_reduce"), gave_up(1, "all_reduce")])
+    assert of(tmp_path, log=same).failure_class == "coll_timeout"
+
+
+def test_what_every_rank_says_is_nobodys_even_where_the_launcher_saw_one_first(tmp_path: Path) -> None:
+    said = "\n".join(f"[rank{rank}]: AttributeError: 'Tensor' object has no attribute 'odd'" for rank in (0, 1))
+    found = of(tmp_path, log=f"{said}\n{TABLE.format(other=72, listed=72)}")
+    assert (found.failure_class, found.culprit) == ("app_exception", None)
+    both = "\n".join(f"[default{rank}]:Fatal Python error: Segmentation fault" for rank in (1, 0))
+    (tmp_path / "log").write_text(both)
+    assert triage([tmp_path]).culprit is None
+
+
+def test_a_loss_that_is_nan_on_one_rank_first(tmp_path: Path) -> None:
+    losses = (("0", 3, "0.9"), ("1", 3, "nan"), ("0", 4, "nan"), ("1", 4, "nan"))
+    lines = [f"[rank{rank}] step {step}/8 loss {loss}" for rank, step, loss in losses]
+    found = of(tmp_path, log="\n".join(lines))
+    assert found.failure_class == "nan_loss"
+    assert found.culprit
+    assert found.culprit.rank == 1
+    (tmp_path / "log").write_text("[rank0] step 3/8 loss nan\n[rank1] step 3/8 loss nan")
+    assert triage([tmp_path]).culprit is None
+
+
+def test_frames_of_pytorchs_own_stack_are_no_errors(tmp_path: Path) -> None:
+    frames = "frame #1: c10::DistError::DistError(c10::SourceLocation, std::string) + 0x72 (0x7f in /x/libc10.so)"
+    error = "torch.distributed.DistNetworkError: The client socket has timed out after 3000ms while trying to connect"
+    found = of(tmp_path, log=f"{frames}\n{error} to (10.0.0.1, 29500).")
+    assert (found.failure_class, found.evidence[0].line) == ("rdzv_timeout", 2)
+
+
+def test_numbers_of_a_lines_head_are_no_sizes(tmp_path: Path) -> None:
+    lines = [
+        f"[rank{rank}]:[I0301 10:00:0{rank}.3516232{rank} reducer.cpp:2054] {rank} buckets rebuilt, size limits: 64"
+        for rank in (0, 1)
+    ]
+    crash = "[default1]:Fatal Python error: Segmentation fault"
+    found = of(tmp_path, log="\n".join([*lines, crash]))
+    assert found.failure_class == "app_exception"
+    assert found.culprit
+    assert found.culprit.rank == 1

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 from harness.schema import ClaimStatus, Culprit
 from harness.triage.gather import Event, Facts
+from harness.triage.relevance import NUMBER
 from harness.triage.signature import kinds
+from harness.triage.vocabulary import MARK
 
 CLEARLY_FIRST_S = 1.0
 """By how much a rank must be ahead of the others before it, and not all, counts as the first."""
+MAX_WORLD = 4096
+_SPEAKER = re.compile(r"^(?:\W{0,4}\[(?:rank|default|Rank )#\]:?\s*|RANK #: ?)*")
 _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
 
 _SELF = ("127.0.0.1", "localhost", "::1")
@@ -32,15 +36,20 @@ NOBODY = Blame()
 def for_event(first: Event, same: Sequence[Event], files: Sequence[Facts]) -> Blame:
     """Who began what `first` tells; `same` are all events of its class."""
     kind = kinds()[first.failure_class].culprit
+    if kind == "nobody":
+        return NOBODY
     spoken = set().union(*(facts.ranks for facts in files)) if files else set()
-    rank = _first_rank(same, spoken)
+    alike = _all_alike(same, spoken)
+    rank = None if alike else _first_rank(same, spoken)
+    if first.failure_class == "nan_loss":
+        rank = _first_by_step(same, spoken, files)
     if kind == "none" or (first.signature and first.signature.culprit == "none" and kind == "rank"):
         if rank is None or len(spoken) < 2 or len({one.who.rank for one in same}) > 1:
             return NOBODY
         return Blame(Culprit(rank=rank, host=first.who.host), "supported")
     if kind == "host":
         return _host(same)
-    if rank is None and not _said_by_several(first, same):
+    if rank is None and not alike and not _said_by_several(first, same):
         rank = _from_table(first, files)
     gpu = _one({one.gpu for one in same if one.gpu}) if kind == "gpu" or first.gpu else None
     host = _one({one.who.host for one in same if one.who.host})
@@ -53,6 +62,29 @@ def for_event(first: Event, same: Sequence[Event], files: Sequence[Facts]) -> Bl
 def _said_by_several(first: Event, same: Sequence[Event]) -> bool:
     """Whether nameless speakers say the same: then all fail alike."""
     return sum(one.text == first.text and one.who.rank is None for one in same) > 1
+
+
+def _first_by_step(same: Sequence[Event], spoken: set[int], files: Sequence[Facts]) -> int | None:
+    """The only rank that says it at the lowest step; none where ranks do so together, or others tell no steps."""
+    steps: dict[int, int] = {}
+    for one in same:
+        found = MARK.search(one.text)
+        if one.who.rank is None or (not found and len(spoken) > 1):
+            continue
+        step = int(found["step"] or found["bar"]) if found else 0
+        steps[one.who.rank] = min(step, steps.get(one.who.rank, step))
+    lowest = [rank for rank, step in steps.items() if step == min(steps.values())]
+    compared = set(steps) | {rank for facts in files for rank in facts.marks if rank >= 0}
+    return lowest[0] if len(lowest) == 1 and (len(compared) > 1 or len(spoken) < 2) else None
+
+
+def _all_alike(same: Sequence[Event], spoken: set[int]) -> bool:
+    """Whether every rank that speaks says the same sentence: then no rank began it."""
+    said: dict[int, set[str]] = {}
+    for one in same:
+        if one.who.rank is not None:
+            said.setdefault(one.who.rank, set()).add(_SPEAKER.sub("", NUMBER.sub("#", one.text)))
+    return len(said) > 1 and set(said) >= spoken and bool(set.intersection(*said.values()))
 
 
 def _one(values: set[str | None]) -> str | None:
@@ -95,7 +127,23 @@ def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
     local = {int(found[1]) for one in events if (found := re.search(r"closed by localRank (\d{1,6})", one.text))}
     if len(hosts) == 1:
         return Blame(Culprit(host=hosts.pop()), "supported")
-    return Blame(Culprit(rank=local.pop()), "hypothesis") if len(local) == 1 else NOBODY
+    if len(local) == 1:
+        return Blame(Culprit(rank=local.pop()), "hypothesis")
+    ranks = everyone(files)
+    others = ranks - {one.who.rank for one in events}
+    return Blame(Culprit(rank=others.pop()), "hypothesis") if len(ranks) == 2 and len(others) == 1 else NOBODY
+
+
+def everyone(files: Sequence[Facts]) -> set[int]:
+    """All ranks of the job: as many as NCCL says, or torchrun ended and lists as failed, else those that spoke."""
+    spoken: set[int] = set().union(*(facts.ranks for facts in files)) if files else set()
+    world = max((facts.world or 0 for facts in files), default=0)
+    failed: set[int] = set().union(*(facts.failed for facts in files)) if files else set()
+    if not world and failed:
+        closed: set[str] = set().union(*(facts.closed - facts.listed for facts in files))
+        world = len(failed) + len(closed)
+    known = set(range(world)) if 1 < world <= MAX_WORLD else set()
+    return known if known >= spoken | failed else spoken
 
 
 def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
@@ -110,10 +158,7 @@ def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
         if len(behind) == 1 and len(completed) > 2:
             return Blame(Culprit(rank=behind[0]), "supported")
     waiting = {one.who.rank for one in events if one.who.rank is not None and one.failure_class == "coll_timeout"}
-    spoken: set[int] = set().union(*(facts.ranks for facts in files)) if files else set()
-    world = max((facts.world or 0 for facts in files), default=0)
-    everyone = set(range(world)) if 1 < world <= 4096 else spoken
-    absent = everyone - waiting
+    absent = everyone(files) - waiting
     if len(waiting) >= 1 and len(absent) == 1:
         return Blame(Culprit(rank=absent.pop()), "supported")
     rank = silent(files)

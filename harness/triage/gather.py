@@ -35,6 +35,15 @@ _SUM = re.compile(r"(?:SeqNum=(?P<seq>\d+), OpType=(?P<op>\w+)(?:, NumelIn=(?P<n
 _WORK = re.compile(
     r"last enqueued(?: NCCL)? work: (?P<enqueued>-?\d+), last completed(?: NCCL)? work: (?P<completed>-?\d+)"
 )
+_FAILED_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6}) \(local_rank: \d{1,5}\)")
+_ENDED = re.compile(r"exitcode\s*: -?\d{1,3} \(pid: (\d{1,9})\)")
+_CLOSED = re.compile(r"Sending process (\d{1,9}) closing signal")
+_ASKED = re.compile(r"distributed_c10d\.py\", line \d{1,6}, in (?!wrapper\b|_)(\w{1,60})")
+_HEAD = re.compile(
+    r"^(?:\[(?:rank|default)\d{1,6}\]:\s?)*\[?[IWEF]\d{4} [\d:.]{8,20}[^\]]{0,120}\]"
+    r"|\d\d:\d\d:\d\d(?:[.,]\d+)?|\bpid[= ]\d+"
+)
+"""What differs between ranks without meaning: the head of a line of PyTorch's, times, process ids."""
 _SIZED = re.compile(r"\b(?:element|numel|count|shape|size|length|len)s?\b", re.IGNORECASE)
 
 
@@ -86,9 +95,17 @@ class Facts:
     ranks: set[int] = field(default_factory=set)
     world: int | None = None
     nccl_ranks: dict[str, int] = field(default_factory=dict)
-    sized: dict[str, dict[int, tuple[str, int, str]]] = field(default_factory=dict)
-    """Sentences with a size in them: template -> rank -> size, line, text."""
+    sized: dict[str, dict[int, tuple[tuple[str, ...], int, str]]] = field(default_factory=dict)
+    """Sentences with a size in them: template -> rank -> its numbers, line, text."""
     crashes: list[Event] = field(default_factory=list)
+    failed: set[int] = field(default_factory=set)
+    """Ranks that torchrun lists as failed."""
+    closed: set[str] = field(default_factory=set)
+    """Processes that torchrun ended because another had failed."""
+    listed: set[str] = field(default_factory=set)
+    """Processes in torchrun's list of failures."""
+    asked: dict[int, str] = field(default_factory=dict)
+    """The collective that each rank was in when it gave up, by the name of PyTorch's function."""
     telling: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     total: tuple[int, int] | None = None
     attempts: int = 1
@@ -143,6 +160,8 @@ class Gatherer:
             return
         if "table" in self._may:
             self._table_line(number, text)
+        if "closed" in self._may and (closed := _CLOSED.search(text)):
+            self.facts.closed.add(closed[1])
         self._progress(number, text, speaker)
         if self._may & _SAYING or any(name.startswith(("signature:", "number:")) for name in self._may):
             self._said(number, text, speaker)
@@ -156,6 +175,8 @@ class Gatherer:
 
     def _is_frame(self, text: str, speaker: words.Who) -> bool:
         """Whether the line belongs to a traceback's body, which is kept as context and says nothing by itself."""
+        if "frame #" in text and words.CPP_FRAME.search(text):
+            return True
         if self._after_frame:
             self._after_frame = False
             if not self._asked("exception", words.EXCEPTION, text) and not self._asked("frame", words.FRAME, text):
@@ -190,6 +211,7 @@ class Gatherer:
         if found is not None:
             if found.role == "advice" or (self._stopping and found.weak and found.role == "cascade"):
                 return
+            self._waited_in(found, speaker)
             self._keep(self._made(found, found.failure_class, found.role, number, text, speaker, raised))
         elif raised and not raised["type"].endswith(("Exit",)):
             self._keep(self._made(None, "app_exception", "initiating", number, text, speaker, raised))
@@ -200,6 +222,13 @@ class Gatherer:
             self.facts.telling.append((number, text))
         if raised:
             self._frames.pop(speaker.key, None)
+
+    def _waited_in(self, found: Signature, speaker: words.Who) -> None:
+        """Remember the collective of a rank's time-out, which its traceback names."""
+        if found.failure_class != "coll_timeout" or speaker.rank is None:
+            return
+        if names := _ASKED.findall("\n".join(self._frames.get(speaker.key) or ())):
+            self.facts.asked.setdefault(speaker.rank, names[-1])
 
     def _signature(self, text: str, speaker: words.Who) -> Signature | None:
         context: str | None = None
@@ -278,10 +307,9 @@ class Gatherer:
                 step, number, text, self._t, facts.attempts
             )
         elif speaker.rank is not None and self._asked("sized", _SIZED, text) and len(facts.sized) < 200:
-            template = NUMBER.sub("#", text)
-            of_rank = facts.sized.setdefault(template, {})
-            sizes = [one for one in NUMBER.findall(text) if int(one[:18]) != speaker.rank]
-            of_rank.setdefault(speaker.rank, (",".join(sizes), number, text[:QUOTE_CHARS]))
+            said = _HEAD.sub("", text)
+            of_rank = facts.sized.setdefault(NUMBER.sub("#", said), {})
+            of_rank.setdefault(speaker.rank, (tuple(NUMBER.findall(said)), number, text[:QUOTE_CHARS]))
 
     def _works(self, text: str, speaker: words.Who) -> None:
         if speaker.rank is None or "work" not in self._may:
@@ -295,6 +323,10 @@ class Gatherer:
         if _FAILED_FIRST.search(text):
             self._close_table()
             self._table = {}
+        if failed := _FAILED_RANK.search(text):
+            self.facts.failed.add(int(failed[1]))
+        if ended := _ENDED.search(text):
+            self.facts.listed.add(ended[1])
         if self._table is None:
             return
         for name, form in (("rank", _TABLE_RANK), ("host", _TABLE_HOST), ("exit", _TABLE_EXIT)):

@@ -1,14 +1,13 @@
 """From what all files say to one verdict: cause before consequence.
 
-Order: hardware and kernel; an end from outside before which nothing failed; the first initiating event in time; what
-the Flight Recorder shows; what survivors saw; errors that only pass on others; a crash; ranks that fell silent; a good
-end.
+Order: hardware and kernel; an end from outside before which nothing failed; the first initiating event in time; the
+Flight Recorder; what survivors saw; errors that only pass on others; a crash; ranks that fell silent; a good end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.schema import ClaimStatus, Culprit, Evidence, LogVerdict, NextStep, Role, TimelineEvent
@@ -147,7 +146,7 @@ def _sizes_differ(files: Files, crashes: Sequence[Event] = ()) -> LogVerdict | N
     """Ranks that say the same sentence with another size, beside a failure in communication."""
     for facts in files.facts:
         for said in facts.sized.values():
-            if len(said) > 1 and len({size for size, _, _ in said.values()}) > 1 and _only_one_odd_sentence(facts):
+            if _odd(said) and _only_one_odd_sentence(facts):
                 lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating")
                          for _, line, text in list(said.values())[:4]]  # fmt: skip
                 return _verdict(files, "coll_mismatch", "hypothesis", NOBODY,
@@ -157,8 +156,13 @@ def _sizes_differ(files: Files, crashes: Sequence[Event] = ()) -> LogVerdict | N
 
 def _only_one_odd_sentence(facts: Facts) -> bool:
     """Where many sentences differ between ranks, sizes that differ mean nothing."""
-    odd = [said for said in facts.sized.values() if len(said) > 1 and len({size for size, _, _ in said.values()}) > 1]
-    return len(odd) <= 2
+    return sum(map(_odd, facts.sized.values())) <= 2
+
+
+def _odd(said: Mapping[int, tuple[tuple[str, ...], int, str]]) -> bool:
+    """Whether ranks say the same sentence with other numbers than their own rank."""
+    columns = zip(*(numbers for numbers, _, _ in said.values()), strict=True)
+    return any(len(set(column)) > 1 and column != tuple(map(str, said)) for column in columns)
 
 
 def _recorded(files: Files) -> LogVerdict | None:
@@ -196,17 +200,17 @@ def _communication(files: Files) -> LogVerdict | None:
 
 
 def _collectives_differ(files: Files, found: Sequence[Event]) -> LogVerdict | None:
-    """Two ranks that name another operation or size at the same number."""
+    """Two ranks that name another operation or size at the same number, or gave up in different collectives."""
     by_number: dict[int, dict[int, tuple[int, str]]] = {}
     for facts in files.facts:
         for rank, (number, elements, operation) in facts.last_work.items():
             by_number.setdefault(number, {})[rank] = (elements, operation)
-    for asked in by_number.values():
-        if len(asked) > 1 and len(set(asked.values())) > 1:
-            return _verdict(
-                files, "coll_mismatch", "supported", NOBODY, [_evidence(one, "initiating") for one in found[:4]]
-            )
-    return None
+    differ = any(len(asked) > 1 and len(set(asked.values())) > 1 for asked in by_number.values())
+    waited_in = {rank: name for facts in files.facts for rank, name in facts.asked.items()}
+    if not differ and len(set(waited_in.values())) < 2:
+        return None
+    status: ClaimStatus = "supported" if differ else "hypothesis"
+    return _verdict(files, "coll_mismatch", status, NOBODY, [_evidence(one, "initiating") for one in found[:4]])
 
 
 def _silence(files: Files, odd: Sequence[int], ended: Sequence[Event] = ()) -> LogVerdict:
@@ -309,7 +313,8 @@ RULES: tuple[Callable[[Files], LogVerdict | None], ...] = (
 
 
 def _from_event(files: Files, first: Event, status: ClaimStatus, whom: Blame | None = None) -> LogVerdict:
-    same = [one for one in files.events if one.failure_class == first.failure_class and one.role == first.role]
+    events = [*files.events, *(_crashes(files) if first.kind == "" else ())]
+    same = [one for one in events if one.failure_class == first.failure_class and one.role == first.role]
     if first not in same:
         same = [first, *same]
     rest = [one for one in files.events if one not in same and one.role != "teardown"]

@@ -26,6 +26,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "crash": ("Segmentation fault", "SIGSEGV", "core dumped", "Fatal Python", "terminate called", "Caught signal",
               "exitcode", "exit code #", "signal #", "SIGABRT", "Aborted ("),
     "table": ("first observed failure", "rank", "host", "exitcode"),
+    "closed": ("Sending process #",),
     "work": ("SeqNum=", "last enqueued"),
     "sized": ("lement", "umel", "ount", "hape", "ize", "ength", "len"),
     "mark": ("tep", "STEP", "ter", "poch", "it/s]", "s/it]"),

@@ -46,7 +46,8 @@ class Kind(Frozen):
     """A class of failure as it is told to a person who brings any log."""
 
     summary: str
-    culprit: Literal["rank", "gpu", "host", "none"]
+    culprit: Literal["rank", "gpu", "host", "none", "nobody"]
+    """Whom it can name: `none`, a rank only where it alone among several says so; `nobody`, never one that says so."""
     spoken_of: bool = False
     rung: str | None = None
     next: tuple[str, ...] = Field(min_length=1)

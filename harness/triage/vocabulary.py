@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 FRAME = re.compile(r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\(')
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
+CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\d{1,4}: ")
+"""A line of PyTorch's C++ stack, which names classes of errors without being one."""
 EXCEPTION = re.compile(
     r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit"
     r"|Failure|Failed|Timeout)"
@@ -77,7 +79,7 @@ PATTERNS = (
     "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running",
     "Saving model checkpoint",
     "CUDA graph", "cuda graph", "profile run", "restart", "equeue", "REQUEUE", "API server version", "Restart",
-    "ttempt",
+    "ttempt", "Sending process",
     "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs",
     "[Ss]tep", "STEP",
     "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
@@ -117,7 +119,9 @@ _PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.
 _NCCL = re.compile(r"(?P<host>[\w.-]{1,200}):(?P<pid>\d{1,9}):\d{1,9} \[(?P<gpu>\d{1,3})\] ")
 _HOST = re.compile(
     r"\[pod/(?P<a>[\w.-]{1,200})/|srun: error: (?P<b>[\w.-]{1,200}): task|\bON (?P<c>[\w.-]{1,200}) CANCELLED"
-    r"|^(?P<d>[\w.-]*[a-zA-Z][\w.-]*\d[\w.-]*): (?=\S)|^[A-Z][a-z]{2} [ \d]\d [\d:]{8} (?P<e>[\w.-]{1,200}) kernel:"
+    r""
+    r"|^(?P<d>(?![\w.]*(?:Error|Exception|Warning):)[\w.-]*[a-zA-Z][\w.-]*\d[\w.-]*): (?=\S)"
+    r"|^[A-Z][a-z]{2} [ \d]\d [\d:]{8} (?P<e>[\w.-]{1,200}) kernel:"
     r"|\bnode=(?P<f>[\w.-]{1,200})|IP: (?P<g>[\d.]{7,15})"
 )
 _GPU = re.compile(

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from harness import catalog, events
-from harness.payload import adapters, bench, processes, server, serverlog, smoke
+from harness.payload import adapters, bench, client, parsers, processes, server, serverlog, smoke
 from harness.schema import LoadPoint, ServeCase, Smoke, case_id
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +33,8 @@ def case(**fields: Any) -> dict[str, Any]:
 
 
 def command(served: server.Served, variant: dict[str, Any] = TINY, **fields: Any) -> str:
-    parsers = fields.pop("parsers", server.Parsers())
-    return " ".join(server.argv("python", case(**fields), variant, served, parsers, 8123))
+    used = fields.pop("parsers", parsers.Parsers())
+    return " ".join(server.argv("python", case(**fields), variant, served, used, 8123))
 
 
 # ---------------------------------------------------------------- the server's command line
@@ -74,22 +74,64 @@ def test_thinking_is_a_template_argument_or_a_message_but_never_both(thinking: b
     assert switch == {"role": "system", "content": "/think" if thinking else "/no_think"}
 
 
-def test_parsers_are_used_where_this_vllm_has_them_and_named_where_not() -> None:
+def test_parsers_are_used_where_this_vllm_has_them_and_named_where_not(tmp_path: Path) -> None:
     known = {"reasoning": {"qwen3"}, "tool": {"qwen3_coder"}}
-    found = server.parsers_for(NANO_30B, "hub", known)
+    found = parsers.parsers_for(NANO_30B, "hub", known, tmp_path)
     assert (found.reasoning, found.tool) == (None, "qwen3_coder")
     assert [note for note in found.notes if "nemotron_v3" in note]
     text = command(server.Served("base"), NANO_30B, parsers=found)
     assert "--enable-auto-tool-choice --tool-call-parser qwen3_coder" in text
     assert "--reasoning-parser" not in text
-    assert server.parsers_for(NANO_30B, "random", known).tool is None
-    assert server.parsers_for(TINY, "random", known) == server.Parsers()
+    assert parsers.parsers_for(NANO_30B, "random", known, tmp_path).tool is None
+    assert parsers.parsers_for(TINY, "random", known, tmp_path) == parsers.Parsers()
+
+
+@pytest.mark.parametrize(
+    ("variant", "plugin", "flags"),
+    [("nano-9b-v2", "nemotron_toolcall_parser_no_streaming.py",
+      "--enable-auto-tool-choice --tool-call-parser nemotron_json --tool-parser-plugin {file}"),
+     ("nano-30b-a3b", "nano_v3_reasoning_parser.py", "--reasoning-parser nano_v3 --reasoning-parser-plugin {file}")],
+)  # fmt: skip
+def test_a_parser_plugin_is_looked_for_beside_the_weights(
+    tmp_path: Path, variant: str, plugin: str, flags: str
+) -> None:
+    known: dict[str, set[str]] = {"reasoning": set(), "tool": set()}
+    payload = catalog.variant(variant).payload()
+    missing = parsers.parsers_for(payload, str(tmp_path), known, tmp_path)
+    assert "-parser" not in command(server.Served("base"), payload, parsers=missing)
+    told = f"To get it: hf download {payload['checkpoint']} {plugin} --local-dir {tmp_path}"
+    assert any(note.endswith(told) for note in missing.notes)
+    (tmp_path / plugin).write_text("")
+    found = parsers.parsers_for(payload, str(tmp_path), known, tmp_path)
+    assert flags.format(file=tmp_path / plugin) in command(server.Served("base"), payload, parsers=found)
+
+
+def test_the_folder_of_a_hub_model_is_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert parsers.checkpoint_folder(str(tmp_path), None) == tmp_path
+    cache = tmp_path / "models--org--model"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("abc123\n")
+    assert parsers.checkpoint_folder("org/model", None) == cache / "snapshots/abc123"
+    assert parsers.checkpoint_folder("org/model", "def456") == cache / "snapshots/def456"
+
+
+def test_graphs_are_capped_only_where_the_case_says_so() -> None:
+    assert "--max-cudagraph-capture-size 16" in command(server.Served("base"), device="cuda", cudagraph_max=16)
+    assert "cudagraph" not in command(server.Served("base"), device="cuda")
+
+
+def test_the_mamba_cache_has_the_dtype_of_the_case_or_else_of_the_catalog() -> None:
+    assert "--mamba-ssm-cache-dtype float32" in command(server.Served("base"), NANO_30B)
+    assert "--mamba-ssm-cache-dtype float16" in command(
+        server.Served("base"), NANO_30B, mamba_ssm_cache_dtype="float16"
+    )
 
 
 def test_registered_parsers_are_read_from_source_without_running_it() -> None:
     source = "raise SystemExit\n_TOOL_PARSERS_TO_REGISTER: dict = {'a': ('x', 'Y')}\n_OTHER = {'b': 1}\n"
-    assert server.registered(source) == {"a"}
-    assert server.registered("_REASONING_PARSERS_TO_REGISTER = {'c': ('x', 'Y')}") == {"c"}
+    assert parsers.registered(source) == {"a"}
+    assert parsers.registered("_REASONING_PARSERS_TO_REGISTER = {'c': ('x', 'Y')}") == {"c"}
 
 
 def test_a_free_port_is_free() -> None:
@@ -128,6 +170,17 @@ CUDA_LOG = """\
 (Worker_TP0 pid=3) INFO 11-21 10:00:01 [cuda.py:1] Using FLASH_ATTN attention backend out of potential backends: ['X']
 (EngineCore pid=2) INFO 11-21 10:03:00 [core.py:1] init engine (profile, create kv cache, warmup) took 160.12 seconds
 """
+CUDA_START = """\
+(EngineCore pid=2) INFO 11-21 10:00:00 [interface.py:1] Setting attention block size to 1072 tokens to ensure that \
+attention page size is >= mamba page size.
+(EngineCore pid=2) INFO 11-21 10:00:00 [interface.py:1] Padding mamba page size by 0.76% to ensure that mamba page \
+size and attention page size are exactly equal.
+(EngineCore pid=2) INFO 11-21 10:00:40 [monitor.py:1] torch.compile took 41.50 s in total
+(EngineCore pid=2) INFO 11-21 10:00:42 [monitor.py:1] Initial profiling/warmup run took 2.25 s
+(EngineCore pid=2) INFO 11-21 10:01:00 [gpu_model_runner.py:1] Graph capturing finished in 12 secs, took 0.75 GiB
+(EngineCore pid=2) INFO 11-21 10:01:01 [core.py:1] init engine (profile, create kv cache, warmup model) took 95.10 s \
+(compilation: 43.00 s)
+"""
 
 
 def test_the_cpu_build_states_the_cache_but_not_the_weights() -> None:
@@ -146,6 +199,14 @@ def test_the_cuda_build_states_both_and_the_largest_worker_counts() -> None:
     assert found.kv_cache_bytes == round(101.25 * 2**30)
     assert (found.kv_cache_tokens, found.max_concurrency) == (6635520, 1620.0)
     assert (found.attention_backend, found.init_engine_s) == ("FLASH_ATTN", 160.12)
+
+
+def test_the_start_is_split_into_its_parts() -> None:
+    found = serverlog.stated(CUDA_START)
+    assert (found.init_engine_s, found.compile_s, found.profile_s, found.capture_graphs_s) == (95.1, 43.0, 2.25, 12.0)
+    assert found.graphs_bytes == 3 * 2**28
+    assert (found.attention_block_tokens, found.mamba_padding_percent) == (1072, 0.76)
+    assert serverlog.stated(CUDA_START.rpartition(" (compilation")[0]).compile_s == 41.5
 
 
 def test_nothing_stated_is_none() -> None:
@@ -569,6 +630,50 @@ def test_an_adapter_is_served_and_shown_to_differ_from_its_base(environments: Pa
     assert ready["facts"]["adapter_trivial"] is False
     assert bench_model(job_dir) == "adapter"
     nothing_left(job_dir)
+
+
+PLUGIN = """
+from vllm.tool_parsers.abstract_tool_parser import ToolParser, ToolParserManager
+from vllm.entrypoints.generate.base.protocol import ExtractedToolCallInformation, FunctionCall, ToolCall
+
+@ToolParserManager.register_module("nemotron_json")
+class Own(ToolParser):
+    def extract_tool_calls(self, model_output, request):
+        call = ToolCall(type="function", function=FunctionCall(name="own_plugin", arguments="{}"))
+        return ExtractedToolCallInformation(tools_called=True, tool_calls=[call], content=None)
+"""
+
+
+@pytest.mark.server
+def test_a_tool_parser_plugin_beside_the_weights_parses_tool_calls(
+    environments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = str(environments / "serve/bin/python")
+    env = {**server.environment("cpu", tmp_path), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+           "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    subprocess.run([python, "-c", MAKE_ADAPTER, json.dumps(TINY), str(tmp_path)], env=env, check=True, timeout=120)
+    plugin = "nemotron_toolcall_parser_no_streaming.py"
+    (tmp_path / "base" / plugin).write_text(PLUGIN)
+    serving = {**TINY["serving"], "tool_parser": "nemotron_json", "tool_parser_plugin": plugin}
+    variant = {**TINY, "checkpoint": "org/model", "serving": serving}
+    base = str(tmp_path / "base")
+    found = parsers.parsers_for(variant, base, {"reasoning": set(), "tool": set()}, Path(base))
+    monkeypatch.chdir(tmp_path)
+    port = server.free_port()
+    shim = "import os, sys; from pathlib import Path; from harness.payload import server; os.execve(" \
+           "sys.executable, sys.argv[1:], server.environment('cpu', Path.cwd()))"  # fmt: skip
+    started = server.argv(python, case(), variant, server.Served(base), found, port)
+    running = server.start([python, "-c", shim, *started], env, port)
+    try:
+        server.wait_ready(running, lambda: None)
+        tool = {"type": "function", "function": {"name": "own_plugin", "parameters": {"type": "object"}}}
+        body = {"model": server.BASE_NAME, "messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 4,
+                "tools": [tool]}  # fmt: skip
+        answer = client.post(running.base_url, "/v1/chat/completions", body, 60.0)
+    finally:
+        server.stop(running, 10.0)
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "own_plugin"
 
 
 def bench_model(job_dir: Path) -> str:

@@ -179,7 +179,7 @@ NOT_IN_CHAIN = frozenset({"memory_cap_gib", "frontier"})
 SERVE_ONLY: dict[str, Read] = {
     **_of(ServeCase, "tensor_parallel", "max_model_len", "max_num_seqs"),
     "adapter": _adapter_to_serve,
-    **_of(ServeCase, "enforce_eager", "gpu_memory_utilization"),
+    **_of(ServeCase, "enforce_eager", "cudagraph_max", "gpu_memory_utilization", "mamba_ssm_cache_dtype"),
     "load": _load_point,
 }
 

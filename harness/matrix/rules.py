@@ -139,6 +139,16 @@ def moe_serving_on_cpu(case: ServeCase) -> str | None:
     return None
 
 
+def mamba_cache_dtype_refused(case: ServeCase) -> str | None:
+    """Mamba states in a dtype that the model's documentation forbids."""
+    serving = catalog.variant(case.variant).serving
+    asked = case.mamba_ssm_cache_dtype
+    if serving.mamba_ssm_cache_dtype_required and asked not in (None, serving.mamba_ssm_cache_dtype):
+        needed = serving.mamba_ssm_cache_dtype
+        return f"{case.variant} needs its Mamba states in {needed}; in {asked} it loses accuracy without a word."
+    return None
+
+
 def max_model_len_over_limit(case: ServeCase) -> str | None:
     """Longer than the model's positions."""
     limit = catalog.variant(case.variant).max_length
@@ -219,6 +229,7 @@ TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
 )
 SERVE_RULES: Sequence[Callable[[ServeCase], str | None]] = (
     moe_serving_on_cpu,
+    mamba_cache_dtype_refused,
     max_model_len_over_limit,
     load_over_max_model_len,
     heads_not_divisible,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.payload import adapters, bench, client, processes, sampler, server, serverlog, smoke
+from harness.payload import adapters, bench, client, parsers, processes, sampler, server, serverlog, smoke
 from harness.payload.session import BenchmarkFailed, Ended, Ending, Failed, ModelMissing, Session, SmokeFailed
 
 LIBRARIES = (
@@ -172,28 +172,30 @@ def _write_base(session: Session) -> Path:
 
 def _start_server(session: Session, served: server.Served) -> None:
     case, port = session.case, server.free_port()
-    parsers = server.parsers_for(session.variant, case["weights"], server.known_parsers())
-    for note in parsers.notes:
+    folder = parsers.checkpoint_folder(served.model, served.revision)
+    found = parsers.parsers_for(session.variant, case["weights"], parsers.known_parsers(), folder)
+    for note in found.notes:
         session.log.write("note", text=note)
-    command = server.argv(sys.executable, case, session.variant, served, parsers, port)
+    command = server.argv(sys.executable, case, session.variant, served, found, port)
     with session.ending.held_back():
         session.running = server.start(command, session.env, port)
     session.log.write("server", argv=command, port=port, pid=session.server.process.pid)
     ready_s = server.wait_ready(session.server, lambda: session.alive("start_server", session.server.log))
     said = asdict(serverlog.stated(session.server.log_text()))
     named = {field: said.pop(field) for field in ("weights_bytes", "kv_cache_bytes", "kv_cache_tokens")}
-    facts = {**said, **_facts(session, served, parsers), "argv": command}
+    facts = {**said, **_facts(session, served, found), "argv": command}
     session.log.write("ready", ready_s=ready_s, **named, facts=facts)
 
 
-def _facts(session: Session, served: server.Served, parsers: server.Parsers) -> dict[str, Any]:
+def _facts(session: Session, served: server.Served, found: parsers.Parsers) -> dict[str, Any]:
     """What else a reader of the numbers must know."""
     return {
         "weights": "made up by the server (--load-format dummy)" if served.dummy else "loaded",
         "adapter": served.adapter,
         "adapter_trivial": adapters.trivial(Path(served.adapter)) if served.adapter else None,
-        "reasoning_parser": parsers.reasoning,
-        "tool_parser": parsers.tool,
+        "reasoning_parser": found.reasoning,
+        "tool_parser": found.tool,
+        "parser_plugins": [plugin for plugin in (found.reasoning_plugin, found.tool_plugin) if plugin],
         "thinking": session.case["thinking"],
         "thinking_set_by": session.variant["serving"].get("thinking"),
         "vllm_cpu_kvcache_space_gib": session.env.get("VLLM_CPU_KVCACHE_SPACE"),

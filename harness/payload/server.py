@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import random
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.payload import client, processes, serverlog
+from harness.payload.parsers import Parsers
 
 HOST = "127.0.0.1"
 LOWEST_PORT = 15000
@@ -47,15 +46,6 @@ class Served:
     def name(self) -> str:
         """The model name of the requests that are measured."""
         return ADAPTER_NAME if self.adapter else BASE_NAME
-
-
-@dataclass(frozen=True)
-class Parsers:
-    """Reasoning and tool parser that this vLLM has, and a sentence for each that the variant names in vain."""
-
-    reasoning: str | None = None
-    tool: str | None = None
-    notes: tuple[str, ...] = ()
 
 
 class ServerDied(Exception):
@@ -106,7 +96,7 @@ def argv(
     python: str, case: dict[str, Any], variant: dict[str, Any], served: Served, parsers: Parsers, port: int
 ) -> list[str]:
     """The server's command line."""
-    cache_dtype = variant["serving"].get("mamba_ssm_cache_dtype")
+    cache_dtype = case["mamba_ssm_cache_dtype"] or variant["serving"].get("mamba_ssm_cache_dtype")
     command = [
         python, "-m", "vllm.entrypoints.cli.main", "serve", served.model,
         "--host", HOST, "--port", str(port), "--served-model-name", BASE_NAME,
@@ -117,6 +107,8 @@ def argv(
     command += ["--revision", served.revision] if served.revision else []
     command += ["--load-format", "dummy"] if served.dummy else []
     command += ["--enforce-eager"] if case["enforce_eager"] else []
+    if case["cudagraph_max"] is not None:
+        command += ["--max-cudagraph-capture-size", str(case["cudagraph_max"])]
     command += ["--mamba-ssm-cache-dtype", cache_dtype] if cache_dtype else []
     if case["device"] == "cuda":  # on a CPU that share would be of the host's memory
         command += ["--gpu-memory-utilization", str(case["gpu_memory_utilization"])]
@@ -140,46 +132,13 @@ def _chat(case: dict[str, Any], variant: dict[str, Any], parsers: Parsers) -> li
     flags = []
     if variant["serving"].get("thinking") == "template_kwarg":
         flags += ["--default-chat-template-kwargs", json.dumps({"enable_thinking": case["thinking"]})]
-    flags += ["--reasoning-parser", parsers.reasoning] if parsers.reasoning else []
-    return flags + (["--enable-auto-tool-choice", "--tool-call-parser", parsers.tool] if parsers.tool else [])
-
-
-def parsers_for(variant: dict[str, Any], weights: str, known: dict[str, set[str]]) -> Parsers:
-    """The variant's parsers as far as `known` (kind -> names) has them; none for what has no trained weights."""
-    wanted = {kind: variant["serving"].get(f"{kind}_parser") for kind in ("reasoning", "tool")}
-    wanted = {kind: name for kind, name in wanted.items() if name}
-    if not variant.get("checkpoint") or not wanted:
-        return Parsers()
-    if weights == "random":
-        listed = " and ".join(f"{kind} parser {name}" for kind, name in wanted.items())
-        return Parsers(notes=(f"Not used: {listed}; random weights write nothing to parse.",))
-    notes = [
-        f"Not used: {kind} parser {name}, which this vLLM does not have built in."
-        for kind, name in wanted.items()
-        if name not in known[kind]
-    ]
-    used = {kind: name for kind, name in wanted.items() if name in known[kind]}
-    return Parsers(used.get("reasoning"), used.get("tool"), tuple(notes))
-
-
-def known_parsers() -> dict[str, set[str]]:
-    """Parser names that the installed vLLM registers, read from its source because importing it takes seconds."""
-    spec = importlib.util.find_spec("vllm")
-    root = Path(spec.origin).parent if spec and spec.origin else Path("/nonexistent")
-    folders = {"reasoning": root / "reasoning", "tool": root / "tool_parsers"}
-    files = {kind: folder / "__init__.py" for kind, folder in folders.items()}
-    return {kind: registered(file.read_text("utf-8")) if file.exists() else set() for kind, file in files.items()}
-
-
-def registered(source: str) -> set[str]:
-    """String keys of the dictionaries named `_..._PARSERS_TO_REGISTER` in a module's source."""
-    found: set[str] = set()
-    for node in ast.parse(source).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and target.id.endswith("_PARSERS_TO_REGISTER") and isinstance(value, ast.Dict):
-            found |= {str(key.value) for key in value.keys if isinstance(key, ast.Constant)}
-    return found
+    if parsers.reasoning:
+        flags += ["--reasoning-parser", parsers.reasoning]
+        flags += ["--reasoning-parser-plugin", parsers.reasoning_plugin] if parsers.reasoning_plugin else []
+    if parsers.tool:
+        flags += ["--enable-auto-tool-choice", "--tool-call-parser", parsers.tool]
+        flags += ["--tool-parser-plugin", parsers.tool_plugin] if parsers.tool_plugin else []
+    return flags
 
 
 def environment(device: str, job_dir: Path) -> dict[str, str]:

@@ -94,6 +94,11 @@ class ServeCase(CaseBase):
     input_len: int = Field(128, ge=1)
     output_len: int = Field(128, ge=1)
     requests: int = Field(16, ge=1)
+    cudagraph_max: int | None = Field(None, ge=1)
+    """Largest batch that CUDA graphs are captured for; `None` is vLLM's choice: twice max_num_seqs, at most 512."""
+
+    mamba_ssm_cache_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the Mamba states that the server keeps; `None` is what the catalog says of the variant."""
 
     @property
     def devices(self) -> int:

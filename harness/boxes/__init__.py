@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from harness.boxes.docker import DockerBox
 from harness.boxes.found import FoundBox
 from harness.boxes.venv import VenvBox, environments_root
 from harness.catalog import nearest
 from harness.errors import HarnessError
-from harness.schema import Command, Environment, EnvironmentName, Job
+from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
-__all__ = ["REGISTRY", "Box", "environments_root", "get"]
+__all__ = ["MEMORY_LIMITED", "REGISTRY", "Box", "environments_root", "get"]
 
 
 class Box(Protocol):
@@ -26,8 +27,9 @@ class Box(Protocol):
         """The word for it on the command line."""
         ...
 
-    def environment(self, name: EnvironmentName) -> Environment:
-        """What is installed for payloads of kind `name`; HarnessError saying how to make it where it is missing."""
+    def environment(self, name: EnvironmentName, device: DeviceType = "cpu") -> Environment:
+        """What is installed for payloads of kind `name` on that device; HarnessError saying how to make it where it is
+        missing."""
         ...
 
     def differences(self, name: EnvironmentName) -> tuple[str, ...]:
@@ -42,8 +44,11 @@ class Box(Protocol):
 
 REGISTRY: dict[str, Callable[[Path | None], Box]] = {
     "venv": VenvBox,
+    "docker": DockerBox,
     "found": FoundBox,
 }
+MEMORY_LIMITED = ("docker",)
+"""Boxes that hold a job to its `host_memory_gib`."""
 
 
 def get(name: str, root: Path | None = None) -> Box:

@@ -92,6 +92,9 @@ class DockerBox:
 
     def wrap(self, job: Job, job_dir: Path, payload_root: Path) -> Command:
         """`docker run` of the job's image, and how to end it from outside."""
+        if job.nodes > 1:
+            why = f"{job.id} is spread over {job.nodes} hosts, and a container of the docker box sees none but its own"
+            raise HarnessError(why, "use --box pyxis or apptainer for it")
         client = {name: value for name, value in os.environ.items() if name in CLIENT}
         folder, payload = job_dir.absolute(), payload_root.absolute()
         name = container_name(folder)

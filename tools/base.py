@@ -349,14 +349,13 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tools/base")
     parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--list", type=Path, default=LIST)
     options = parser.parse_args(arguments)
     mirror = os.environ.get("HARNESS_DEBIAN_MIRROR", MIRROR).rstrip("/")
     if not options.out:
         check_engine()
-    before = parse(options.list.read_text()) if options.list.exists() else None
+    before = parse(LIST.read_text()) if LIST.exists() else None
     if not before and not options.refresh:
-        fail(f"there is no {options.list}.", "tools/base --refresh writes it.")
+        fail(f"there is no {LIST.relative_to(ROOT)}.", "tools/base --refresh writes it.")
     listed = refreshed(mirror) if options.refresh or not before else before
     if not options.refresh and not options.out and all(in_engine(digest) for digest in listed.digests.values()):
         return say(listed)
@@ -374,8 +373,8 @@ def main(arguments: Sequence[str]) -> None:
             load(folder, made)
     listed = listed._replace(digests=made)
     if options.refresh:
-        options.list.write_text(listing(listed))
-        print(f"wrote {options.list}")
+        LIST.write_text(listing(listed))
+        print(f"wrote {LIST.relative_to(ROOT)}")
     say(listed)
     return None
 

@@ -1,0 +1,114 @@
+"""The probe's payload as it runs: real ranks over gloo in the training environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import launch, observe, triage
+from harness.schema import Observation, Outcome, ProbeCase
+from harness.summary.probes import summarize_probe
+
+pytestmark = pytest.mark.payload
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass
+class Ran:
+    """What is left of one probe."""
+
+    case: ProbeCase
+    outcome: Outcome
+    seen: Observation
+    log: str
+
+
+class Runner:
+    """Runs probes in the training environment, as the launch module says."""
+
+    def __init__(self, python: Path, folder: Path) -> None:
+        self._python, self._folder = python, folder
+
+    def run(self, name: str, **fields: Any) -> Ran:
+        case = ProbeCase(**({"device": "cpu", "sizes_bytes": (1024, 2**20), "iterations": 5, "stall_s": 30.0} | fields))
+        (job,) = launch.jobs((case,), 1)
+        folder = self._folder / name
+        folder.mkdir()
+        (folder / "job.json").write_text(json.dumps(job.payload))
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **job.env}
+        began = time.time()
+        done = subprocess.run([str(self._python), *job.argv[1:]], cwd=folder, env=env, timeout=120, check=False,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        (folder / "stdout.log").write_bytes(done.stdout)
+        outcome = Outcome(exit_code=done.returncode, start=began, end=time.time())
+        return Ran(case, outcome, observe.observe(case, [folder]), observe.log_text([folder]))
+
+
+@pytest.fixture(scope="module")
+def runner(environments: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(environments / "train/bin/python", tmp_path_factory.mktemp("probe"))
+
+
+def test_two_ranks_reduce_and_say_what_they_used(runner: Runner) -> None:
+    ran = runner.run("plain", interface="lo")
+    assert triage.diagnose(ran.case, [ran.outcome], ran.seen, ran.log) is None
+    assert ran.seen.probe is not None
+    assert ran.seen.probe.proof["interfaces"] == ["lo"]
+    assert ran.seen.probe.backend == "gloo"
+    assert all(check.ok for check in ran.seen.probe.checks)
+    assert {check.name for check in ran.seen.probe.checks} >= {
+        "all_reduce_sum", "broadcast_from_0", "broadcast_from_1", "all_reduce_sum_1048576"}  # fmt: skip
+    found = summarize_probe(ran.case, ran.seen.probe)
+    assert [size.n for size in found.sizes] == [5, 5]
+    assert found.bus_bytes_per_s is not None
+    assert 1e6 < found.bus_bytes_per_s < 1e12
+    assert ran.outcome.end - ran.outcome.start < 60
+
+
+def test_an_interface_that_is_not_there_fails_as_the_networks_fault(runner: Runner) -> None:
+    ran = runner.run("no-interface", interface="nosuch0")
+    diagnosis = triage.diagnose(ran.case, [ran.outcome], ran.seen, ran.log)
+    assert diagnosis is not None
+    assert diagnosis.failure_class == "nccl_bootstrap_net", diagnosis
+    assert "nosuch0" in "".join(line.text for line in diagnosis.evidence)
+
+
+def test_debug_makes_the_libraries_say_what_they_do(runner: Runner) -> None:
+    ran = runner.run("debug", debug=True, devices=3)
+    assert triage.diagnose(ran.case, [ran.outcome], ran.seen, ran.log) is None
+    assert ran.seen.probe is not None
+    assert ran.seen.probe.proof["debug_level"] == "DETAIL"
+    assert "Running collective" in ran.log
+    assert {check.expected for check in ran.seen.probe.checks if check.name == "all_reduce_sum_1024"} == {6.0}
+
+
+COMPARE = """
+import sys, torch
+from harness.events import EventLog
+from harness.payload.journal import Journal
+from harness.payload.probe import compare
+journal = Journal(EventLog(sys.argv[1], 0), 0)
+right = torch.arange(8, dtype=torch.float32)
+wrong = right.clone(); wrong[5] = 7.5
+compare("same", right, right.clone(), journal)
+compare("other", wrong, right, journal)
+wrong[2] = float("nan")
+compare("nan", wrong, right, journal)
+"""
+
+
+def test_the_element_that_is_furthest_off_is_stated(environments: Path, tmp_path: Path) -> None:
+    command = [str(environments / "train/bin/python"), "-c", COMPARE, str(tmp_path)]
+    subprocess.run(command, env={"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
+    seen = observe.observe(ProbeCase(device="cpu"), [tmp_path])
+    assert seen.probe is not None
+    assert [(one.name, one.ok, one.found, one.expected) for one in seen.probe.checks] == [
+        ("same", True, 0.0, 0.0), ("other", False, 7.5, 5.0), ("nan", False, None, 2.0)]  # fmt: skip

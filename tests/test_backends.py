@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fakes import stub_jobs
+from fakes import containers, stub_jobs
 
 from harness import backends, schema
 from harness.errors import HarnessError
-from harness.schema import Job, Outcome, Ticket
+from harness.schema import Command, Job, Outcome, Ticket
 
 Prepare = Callable[[Job, bool], None]
 
@@ -25,6 +25,8 @@ class Setting:
     run_dir: Path
     prepare: Prepare
     """What has to be done before `job` (to be cancelled or not) can be submitted."""
+    command: Callable[[Job, Path], Command] = stub_jobs.command
+    """The job in its box."""
 
     def open(self) -> backends.Backend:
         """A backend as another process would open it."""
@@ -33,7 +35,7 @@ class Setting:
     def submit(self, job: Job, backend: backends.Backend, *, cancelled: bool = False) -> Ticket:
         self.prepare(job, cancelled)
         folder = stub_jobs.job_dir(self.run_dir, job)
-        return backend.submit(job, stub_jobs.command(job, folder), folder)
+        return backend.submit(job, self.command(job, folder), folder)
 
     def run(self, job: Job) -> tuple[Ticket, Outcome]:
         backend = self.open()
@@ -48,6 +50,12 @@ def ended(backend: backends.Backend, ticket: Ticket) -> Outcome:
 
 def _local(folder: Path) -> Setting:
     return Setting("local", folder / "run", lambda job, cancelled: None)
+
+
+def _containers(folder: Path) -> Setting:
+    """The local backend with jobs in containers: not of its own process tree, and the same contract."""
+    root = containers.checkout(folder / "checkout")
+    return Setting("local", folder / "run", lambda *_: None, lambda job, where: containers.command(job, where, root))
 
 
 def _replay(folder: Path) -> Setting:
@@ -67,6 +75,7 @@ def _replay(folder: Path) -> Setting:
 SETTINGS = [
     pytest.param(_local, id="local"),
     pytest.param(_replay, id="replay"),
+    pytest.param(_containers, id="local, containers", marks=pytest.mark.docker),
 ]
 
 

@@ -288,8 +288,11 @@ def test_what_is_seen_of_a_container_at_its_end(
 
 def test_every_container_of_a_run_directory_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client(tmp_path, monkeypatch, """[ "$2" = ls ] && echo "harness-a harness-b" || true""")
-    lines = container.remove_all("/runs/nightly")
+    assert container.remove_left(str(tmp_path)) == []
+    assert not (tmp_path / "asked").exists()
+    (tmp_path / "run.json").write_text('{"box": "docker"}')
+    lines = container.remove_left(str(tmp_path))
     assert [line.split()[3].rstrip(",") for line in lines] == ["harness-a", "harness-b"]
     asked = (tmp_path / "asked").read_text()
-    assert "label=harness.run=/runs/nightly" in asked
+    assert f"label=harness.run={tmp_path}" in asked
     assert "rm --force --volumes harness-b" in asked

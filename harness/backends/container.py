@@ -5,7 +5,9 @@ Standard library and the `docker` command only, since a supervisor runs it. Prin
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -65,8 +67,18 @@ def remove(name: str) -> dict[str, Any]:
     return seen
 
 
-def remove_all(run_dir: str) -> list[str]:
-    """Remove every container that works or worked for this run directory; a line for a person each."""
+def remove_left(run_dir: str) -> list[str]:
+    """Remove containers of a run directory in which nothing is at work; a line for a person each.
+
+    Such as one whose clean-up found no Engine. Asks nothing where the run has no containers.
+    """
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(run_dir, "run.json"), encoding="utf-8") as file:
+        if json.load(file).get("box") == "docker":
+            return _remove_labelled(run_dir)
+    return []
+
+
+def _remove_labelled(run_dir: str) -> list[str]:
     try:
         found = _docker("container", "ls", "--all", "--filter", f"label={LABEL}={run_dir}", "--format", "{{.Names}}")
         names = (found or "").split()

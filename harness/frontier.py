@@ -131,6 +131,11 @@ def searches(records: Sequence[Record]) -> list[Search]:
     ]
 
 
+def is_answer(record: Record) -> bool:
+    """Whether the record is of a search and says that its value is too large."""
+    return record.frontier is not None and Point(record.case_id, 0, record).state == "too large"
+
+
 def group(case: AnyCase, axis: str) -> str:
     """A name for what `case` is but for `axis`."""
     return case_id(case.model_copy(update={axis: 1}))

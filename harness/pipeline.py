@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import backends, boxes, climb, launch, matrix, observe, results, schema, store, triage
+from harness import backends, boxes, climb, frontier, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
 from harness.schema import Attempt, Job, JobRun, Plan, Record
 from harness.session import Case, Options, Session, Work, begin, next_work, pending_work, record_skips, unmeasured
@@ -62,8 +62,8 @@ class Result:
 
     @property
     def failed(self) -> tuple[Record, ...]:
-        """The cases that failed."""
-        return tuple(record for record in self.records if record.status == "failed")
+        """The cases that failed; what a search found too large is its answer and none of them."""
+        return tuple(record for record in self.records if record.status == "failed" and not frontier.is_answer(record))
 
 
 def run(path: Path, options: Options, watch: Callable[[Progress], None] = lambda _: None) -> Result:
@@ -131,6 +131,8 @@ def _work_through(session: Session, waiting: list[Work], watch: Callable[[Progre
             ended = session.backend.poll([work.at_work for work in active if work.at_work])
             for work in [work for work in active if work.over or work.job.id in ended]:
                 _advance(session, work, waiting, active)
+            if session.backend.by_hand and active and not ended:
+                break
             watch(_progress(session, active))
             time.sleep(max(POLL_S, session.backend.pause_s) if active else 0)
     finally:

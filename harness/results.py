@@ -20,6 +20,8 @@ class Found:
     """The run directory."""
     records: tuple[Record, ...]
     case: Record | None = None
+    beside: tuple[Record, ...] = ()
+    """All records of the run that the case belongs to."""
 
 
 def report_run(directory: store.Run) -> report.ReportRun:
@@ -108,4 +110,4 @@ def target_text(text: str) -> str:
 def _found(run: store.Run, case_id: str) -> Found:
     record = run.record(case_id)
     assert record is not None
-    return Found(run.folder, (record,), record)
+    return Found(run.folder, (record,), record, tuple(run.records()))

@@ -196,12 +196,16 @@ class Run:
         return read_value(path, Record, schema.RECORD_VERSION) if path.is_file() else None
 
     def records(self) -> list[Record]:
-        """All records, in the order of the plan; those of cases that the plan no longer has come last."""
-        paths = {path.parent.name: path for path in (self.folder / "cases").glob("*/record.json")}
-        planned = [schema.case_id(case) for case in self._planned()]
-        names = [name for name in dict.fromkeys(planned) if name in paths]
-        names += sorted(set(paths) - set(names))
-        return [read_value(paths[name], Record, schema.RECORD_VERSION) for name in names]
+        """All records in the order of the plan; then what ladders added, each in one piece; what is in no plan last."""
+        found = {
+            path.parent.name: read_value(path, Record, schema.RECORD_VERSION)
+            for path in sorted((self.folder / "cases").glob("*/record.json"))
+        }
+        names = [name for name in dict.fromkeys(map(schema.case_id, self._planned())) if name in found]
+        children: dict[str | None, list[str]] = {}
+        for name, record in found.items():
+            children.setdefault(record.parent, []).append(name)
+        return [found[name] for name in dict.fromkeys([*names, *_descendants(names, children), *found])]
 
     def _planned(self) -> list[schema.AnyCase]:
         if not (self.folder / "plan.json").is_file():
@@ -284,6 +288,18 @@ def records_below(folder: Path) -> list[Path]:
 def read_record(path: Path) -> Record:
     """The record at `path`; HarnessError where it cannot be read."""
     return read_value(path, Record, schema.RECORD_VERSION)
+
+
+def _descendants(names: Sequence[str], children: dict[str | None, list[str]]) -> list[str]:
+    """What came from `names` by parent, each line of descent in one piece."""
+    found: list[str] = []
+    waiting = [child for name in reversed(names) for child in children.get(name, ())]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.append(name)
+            waiting += children.get(name, ())
+    return found
 
 
 def glob_escape(text: str) -> str:

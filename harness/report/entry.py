@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.frontier import Search
+from harness.report.chain import chains, searched
 from harness.report.words import TIMES, digits, one_line, plural
 from harness.schema import NOT_IDENTITY, AnyCase, ChainCase, ProbeCase, Record, ServeCase, TrainCase
 from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
@@ -47,6 +49,10 @@ class Entry:
     """Fields that stand in no column and are not what most cases of its kind and run have, as text."""
     beside: str = ""
     """The run's name, where another run stands beside it."""
+    chain: tuple[Record, ...] = ()
+    """All records of the ladder that the case stands on, the planned case first."""
+    search: Search | None = None
+    """The search for the largest value that fits, where the case belongs to one."""
 
     @property
     def case(self) -> Case:
@@ -102,8 +108,17 @@ def entries(run: str, records: Sequence[Record], *, name_run: bool = False) -> l
     comparable = [_comparable(record.case) for record in records]
     usual = _usual_values(comparable)
     beside = one_line(run, 60) if name_run else ""
+    ladders, found = chains(records), searched(records)
     return [
-        Entry(run, record, summarize(record), ", ".join(_differs(mine, usual)), beside)
+        Entry(
+            run,
+            record,
+            summarize(record),
+            ", ".join(_differs(mine, usual)),
+            beside,
+            ladders.get(record.case_id, ()),
+            found.get(record.case_id),
+        )
         for record, mine in zip(records, comparable, strict=True)
     ]
 

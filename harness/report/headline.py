@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from harness.frontier import is_answer
 from harness.report import probes
+from harness.report.chain import answer, conclusion
 from harness.report.compare import Compared
 from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, place, verdict
 from harness.report.parts import when
@@ -196,15 +198,35 @@ def changes(compared: Sequence[Compared]) -> list[Answer]:
 
 
 def failures(rows: Sequence[Entry]) -> dict[str, object]:
-    """The failed cases: how many of each class, and the first of them with verdict and next step."""
-    failed = [(i, row) for i, row in enumerate(rows) if row.record.status == "failed"]
+    """The planned cases that failed, the first of them with verdict, next step and what their ladders came to.
+
+    What a search found too large is its answer, and stands there.
+    """
+    failed = [(i, row) for i, row in enumerate(rows) if row.record.status == "failed" and not row.record.parent
+              and not is_answer(row.record)]  # fmt: skip
     shown = []
     for index, row in failed[:MAX_FAILURES]:
         diagnosis = row.record.last.diagnosis if row.record.last else None
         shown.append({"index": index, "label": full_label(row), "summary": verdict(row)[1],
                       "class": one_line(diagnosis.failure_class, 80) if diagnosis else "undiagnosed",
-                      "next": one_line(diagnosis.next_step) if diagnosis else ""})  # fmt: skip
+                      "next": one_line(diagnosis.next_step) if diagnosis else "",
+                      "ladder": conclusion(row.chain) if row.chain else ""})  # fmt: skip
     return {"n": len(failed), "shown": shown, "more": len(failed) - len(shown)}
+
+
+def searches(rows: Sequence[Entry]) -> list[dict[str, object]]:
+    """What each search found, with the case that is its answer."""
+    found: dict[int, tuple[int, Entry]] = {}
+    for index, row in enumerate(rows):
+        if row.search and (id(row.search) not in found or _is_best(row)):
+            found[id(row.search)] = (index, row)
+    return [{"index": index, "axis": row.search.axis, "label": full_label(row), "answer": answer(row.search)}
+            for index, row in found.values() if row.search]  # fmt: skip
+
+
+def _is_best(row: Entry) -> bool:
+    best = row.search.fits if row.search else None
+    return best is not None and best.case_id == row.record.case_id
 
 
 def environments(runs: Sequence[ReportRun]) -> list[tuple[Cell, ...]]:

@@ -24,8 +24,10 @@ from plotly.offline import get_plotlyjs
 
 from harness.report import compare, figures, headline, parts, sections
 from harness.report.entry import Entry, ReportRun, counts, entries, full_label, number_label, verdict
+from harness.report.ladders import changed
 from harness.report.tables import KINDS, columns_of
 from harness.report.words import TIMES, Cell, missing, one_line, plural
+from harness.schema import Record
 
 DETAILS_LIMIT_BYTES = 48_000_000
 """All details of one page together; divided by their number, within the two limits below, it bounds each of them."""
@@ -66,6 +68,7 @@ def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
             counts=[(one_line(run.name, 80), counts(run.records)) for run in runs],
             answers=headline.answers(everything) if len(runs) == 1 else headline.changes(compared),
             failures=headline.failures(everything),
+            searches=headline.searches(everything),
             skips=_skips(everything),
             environments=headline.environments(runs),
             environment_head=sections.ENVIRONMENT_HEAD,
@@ -165,11 +168,7 @@ def _table(kind: str, rows: Sequence[tuple[int, Entry]]) -> dict[str, Any]:
 def _row(index: int, entry: Entry, cells: Sequence[Cell]) -> dict[str, Any]:
     record, (tone, sentence) = entry.record, verdict(entry)
     name = Cell(one_line(entry.subject, 80), record.case_id, one_line(entry.subject, 80))
-    apart = [
-        one_line(text, 160)
-        for text in (entry.beside, entry.differs, "added by a ladder" if record.parent else "")
-        if text
-    ]
+    apart = [one_line(text, 160) for text in (entry.beside, entry.differs, _added(record)) if text]
     words = (record.case_id, full_label(entry), number_label(entry), sentence, record.skip_rule or "")
     return {
         "i": index,
@@ -181,6 +180,10 @@ def _row(index: int, entry: Entry, cells: Sequence[Cell]) -> dict[str, Any]:
         "q": " ".join(words).lower(),
         "c": [_values(cell) for cell in (name, Cell(record.status, "", record.status), *cells)],
     }
+
+
+def _added(record: Record) -> str:
+    return f"added by a ladder: {changed(record.rung)}" if record.rung else "added by a ladder" if record.parent else ""
 
 
 def _number_kinds(everything: Sequence[Entry]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from harness.report import figures
 from harness.report.entry import Entry, number_label, peak_row
 from harness.report.gpus import gpu_sections
+from harness.report.ladders import ladder_sections, search_sections, timeline_section
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
 from harness.report.probes import probe_sections, proof_section
 from harness.report.sampled import sampled_sections
@@ -35,9 +36,11 @@ from harness.summary import ServeSummary, Spread, TrainSummary
 def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     """All that is known of one record, what a reader wants first in front."""
     record, attempt = entry.record, entry.record.last
-    found: list[Section | None] = [_skip(entry)]
+    found: list[Section | None] = [_skip(entry), *search_sections(entry.search)]
+    if record.status != "failed":
+        found += ladder_sections(record, entry.chain, link)
     if attempt is not None:
-        found += [*_failure(attempt, link), *probe_sections(entry, attempt), _training_results(entry),
+        found += [*_failure(entry, attempt, link), *probe_sections(entry, attempt), _training_results(entry),
                   _serving_results(entry), _latencies(entry), *_figures(entry, attempt), _memory_table(entry),
                   _ranks(entry, attempt), *_gpus(entry, attempt), _proof(attempt), proof_section(attempt),
                   _phases(entry, attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
@@ -59,7 +62,7 @@ def _skip(entry: Entry) -> Section | None:
     return facts_section("Why it was skipped", facts, open=True)
 
 
-def _failure(attempt: Attempt, link: Link) -> list[Section | None]:
+def _failure(entry: Entry, attempt: Attempt, link: Link) -> list[Section | None]:
     diagnosis = attempt.diagnosis
     if diagnosis is None:
         return []
@@ -79,7 +82,8 @@ def _failure(attempt: Attempt, link: Link) -> list[Section | None]:
     ]
     tail = Section("End of the log", text=clean_end(attempt.log_tail), open=True) if attempt.log_tail else None
     return [facts_section("Diagnosis", facts, open=True),
-            table_section("Evidence", ("role", "says", "file:line"), quotes, open=True), tail]  # fmt: skip
+            table_section("Evidence", ("role", "says", "file:line"), quotes, open=True),
+            timeline_section(attempt, link), *ladder_sections(entry.record, entry.chain, link), tail]  # fmt: skip
 
 
 def _where(file: str, line: int, link: Link) -> Cell:

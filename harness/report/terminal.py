@@ -14,7 +14,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from harness import frontier
+from harness.report.chain import answer, conclusion
 from harness.report.entry import Entry, counts, entries, full_label, number_label, verdict
+from harness.report.ladders import changed
 from harness.report.parts import Section
 from harness.report.sections import sections
 from harness.report.tables import key_number
@@ -78,6 +81,8 @@ class Progress(Protocol):
     @property
     def total(self) -> int: ...
     @property
+    def added(self) -> int: ...
+    @property
     def records(self) -> tuple[Record, ...]: ...
     @property
     def kept(self) -> frozenset[str]: ...
@@ -126,17 +131,30 @@ def run_table(records: Sequence[Record], kept: frozenset[str] = frozenset()) -> 
     table.add_column("status", width=8)
     table.add_column("case", ratio=1, overflow="fold")
     table.add_column("key number", justify="right", width=18)
-    for entry in entries("", records):
+    found = entries("", records)
+    for entry in found:
+        if entry.record.skip_rule in frontier.RULES:
+            continue  # what a search left out stands in its one line below
         table.add_row(*_run_row(entry, entry.record.case_id in kept))
-    return Group(table, Text(), _counted(records), *_number_kinds(records))
+    return Group(table, Text(), *_searches(found), _counted(records), *_number_kinds(records))
 
 
 def _run_row(entry: Entry, kept: bool) -> tuple[Text, Text, Text]:
     status, (tone, sentence) = entry.record.status, verdict(entry)
     case = Text(one_line(entry.record.case_id))
     case.append(f"\n{sentence}", style=TONE_STYLE[tone])
+    if entry.record.rung:
+        case.append(f"\nadded by a ladder: {entry.record.rung.code} {changed(entry.record.rung)}", style="cyan")
+    elif entry.chain:
+        case.append(f"\n{conclusion(entry.chain)}", style="cyan")
     shown = "kept" if kept and status == "measured" else status
     return Text(shown, style=STATUS_STYLE[status]), case, Text(key_number(entry).text)
+
+
+def _searches(found: Sequence[Entry]) -> list[Text]:
+    """What each search of the run found."""
+    searches = list({id(entry.search): entry.search for entry in found if entry.search}.values())
+    return [Text(f"search: {answer(search)}", style="cyan") for search in searches]
 
 
 def _counted(records: Sequence[Record]) -> Text:
@@ -158,6 +176,8 @@ def line(record: Record, done: int, total: int) -> RenderableType:
     entry = entries("", [record])[0]
     text = Text(f"[{done}/{total}] ").append(record.status, style=STATUS_STYLE[record.status])
     text.append(f" {one_line(record.case_id)}: ")
+    if record.rung:
+        text.append(f"(ladder: {record.rung.name}) ", style="cyan")
     return text.append(key_number(entry).text if record.status == "measured" else verdict(entry)[1])
 
 
@@ -165,6 +185,7 @@ def progress(now: Progress) -> RenderableType:
     """The live view: cases done, what each running job is at, time left."""
     failed = sum(record.status == "failed" for record in now.records)
     head = Text(f"{len(now.records)} of {plural(now.total, 'case')} done")
+    head.append(f" ({now.added} added by ladders)" if now.added else "", style="cyan")
     head.append(f", {failed} failed" if failed else "", style="bold red")
     head.append(f", {len(now.kept)} kept" if now.kept else "", style="dim")
     head.append(f", about {duration(now.seconds_left).text} left" if now.seconds_left is not None else "", style="dim")
@@ -210,9 +231,9 @@ def plan(loaded: Plan, only: str | None = None) -> list[RenderableType]:
 # ---------------------------------------------------------------- a case
 
 
-def case(record: Record, folder: Path) -> RenderableType:
-    """Everything about one record; `folder` is its run directory."""
-    entry = entries(folder.name, [record])[0]
+def case(record: Record, folder: Path, beside: Sequence[Record] = ()) -> RenderableType:
+    """Everything about one record; `folder` is its run directory, `beside` are that run's records."""
+    entry = next(one for one in entries(folder.name, beside or [record]) if one.record.case_id == record.case_id)
     tone, sentence = verdict(entry)
     head = Text(one_line(record.case_id), style="bold")
     second = Text(record.status, style=STATUS_STYLE[record.status])

@@ -41,6 +41,12 @@ def test_vllm_is_of_one_version_and_kernels_are_compiled_with_the_cuda_that_torc
     assert {"mamba-ssm", "causal-conv1d"} <= set(train)
 
 
+@pytest.mark.parametrize("lock", ["train/cpu.txt", "train/cuda.txt", "serve/cpu.txt", "serve/cuda.txt"])
+def test_no_image_holds_a_compiler(lock: str) -> None:
+    compilers = re.compile(r"nvidia-cuda-nvcc.*|nvidia-nvvm.*|ziglang|clang|cmake|gcc.*|tinycc")
+    assert [name for name in versions(lock) if compilers.fullmatch(name)] == []
+
+
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_a_containerfile_is_for_any_builder_and_leaves_an_unprivileged_user(environment: str) -> None:
     text = (IMAGES / environment / "Containerfile").read_text()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import harness
-from harness import backends, boxes, evidence, host, launch, schema, store
+from harness import backends, boxes, catalog, evidence, host, hub, launch, schema, store
 from harness.errors import HarnessError
 from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
 
@@ -191,7 +191,11 @@ def _weights(case: Case) -> str:
     if isinstance(case, schema.ProbeCase):
         return "no"
     weights = case.train.weights if isinstance(case, schema.ChainCase) else case.weights
-    return weights if weights in ("random", "hub") else "path"
+    if weights != "hub":
+        return "random" if weights == "random" else "path"
+    variant = catalog.variant(case.variant)
+    commit = hub.commit_of(str(variant.checkpoint), variant.revision)
+    return f"hub@{commit}" if commit else "hub"
 
 
 def chosen(plan: Plan, options: Options) -> list[Case]:

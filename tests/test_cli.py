@@ -11,7 +11,7 @@ import pytest
 from harness import cli
 
 ROOT = Path(__file__).parent.parent
-VERBS = {"plan", "run", "report", "show", "doctor", "cancel", "triage", "drill", "build", "verify"}
+VERBS = {"plan", "run", "report", "show", "doctor", "cancel", "triage", "drill", "build", "verify", "fetch"}
 
 MATRIX = """\
 version: 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -88,3 +89,23 @@ def _show_verdict(verdict: verifying.Verdict) -> None:
     out.print(table)
     for line in verdict.without_gpu:
         out.print(f"not checked here: {line}", soft_wrap=True)
+
+
+@app.command()
+def fetch(
+    variant: Annotated[str, typer.Argument(help="A variant of the catalog, such as nano-9b-v2.")],
+    revision: Annotated[str | None, typer.Option("--revision", help="A branch, tag or commit; default: main.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Into this folder, for `weights: FOLDER`; default: the hub's cache.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a variant's weights and tokenizer ahead of time; runs themselves have no network."""
+    from harness import fetch as fetching
+
+    found = fetching.fetch(variant, revision, to, _quietly if as_json else _progress())
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        console().print(f"{found.checkpoint} at {found.commit}: {found.bytes / 1e9:.2f} GB in {found.path}",
+                        soft_wrap=True)  # fmt: skip

@@ -16,6 +16,7 @@ from harness.containers.context import Sources
 from harness.containers.imagelock import CHECKOUT, Base, Image, Variant
 from harness.errors import HarnessError
 from harness.schema import EnvironmentName, Frozen
+from harness.scrub import plain
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -214,7 +215,7 @@ def _ask(client: DockerClient, tar: Any, arguments: dict[str, str], tag: str, sa
                 tail = "\n  ".join(said[-20:])
                 raise HarnessError(f"the build of {tag} failed: {line['error'].strip()}", tail)
             image_id = line.get("aux", {}).get("ID", image_id)
-            for text in str(line.get("stream", "")).splitlines():
+            for text in plain(str(line.get("stream", ""))).splitlines():
                 if text.strip():
                     said.append(text.rstrip())
                     say(text.rstrip())

@@ -110,7 +110,8 @@ class Session:
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     """Bind the run directory to this plan and these environments; HarnessError where it holds numbers of others."""
-    backend, box = backends.get(options.backend), boxes.get(options.box)
+    backend = backends.get(options.backend)
+    box = _box(options, backend)
     if options.host_memory_gib is not None and box.name not in boxes.MEMORY_LIMITED:
         limited = " or ".join(boxes.MEMORY_LIMITED)
         raise HarnessError(f"the box {box.name} cannot limit a job's memory", f"--host-memory needs --box {limited}")
@@ -132,6 +133,12 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
         free=set(slots),
         recorded=recorded,
     )
+
+
+def _box(options: Options, backend: backends.Backend) -> boxes.Box:
+    """The box that the options name, or else the one that the cluster's nodes have."""
+    of_site = getattr(backend, "box", None)
+    return boxes.get(options.box) if of_site is None or options.box != "venv" else boxes.of_site(*of_site())
 
 
 def _recorded(options: Options) -> store.Run | None:
@@ -273,7 +280,7 @@ def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]
     elsewhere = evidence.below(options.have)
     if not elsewhere:
         return cases
-    environments = _environments(plan, boxes.get(options.box), _recorded(options))
+    environments = _environments(plan, _box(options, backends.get(options.backend)), _recorded(options))
     here = evidence.Place(environments, host.gpus()[0], host.cpu_name())
     return [case for case in cases if not evidence.standing(case, elsewhere, here)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fakes import containers, stub_jobs
+from fakes import containers, slurm_sites, stub_jobs
 
 from harness import backends, schema
 from harness.errors import HarnessError
@@ -72,16 +72,29 @@ def _replay(folder: Path) -> Setting:
     return Setting(f"replay:{cassette}", folder / "run", record)
 
 
+def _slurm(folder: Path) -> Setting:
+    site = slurm_sites.write(folder / "shared")
+    return Setting(f"slurm:{site}", folder / "shared" / "run", lambda job, cancelled: None)
+
+
+def _fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    slurm_sites.fake(folder, monkeypatch)
+    return _slurm(folder)
+
+
 SETTINGS = [
     pytest.param(_local, id="local"),
     pytest.param(_replay, id="replay"),
+    pytest.param(_fake_slurm, id="slurm, fake"),
+    pytest.param(_slurm, id="slurm", marks=pytest.mark.slurm),
     pytest.param(_containers, id="local, containers", marks=pytest.mark.docker),
 ]
 
 
 @pytest.fixture(params=SETTINGS)
-def setting(request: pytest.FixtureRequest, tmp_path: Path) -> Setting:
-    made: Setting = request.param(tmp_path)
+def setting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    faked = (monkeypatch,) if request.param is _fake_slurm else ()
+    made: Setting = request.param(tmp_path, *faked)
     return made
 
 

@@ -36,6 +36,10 @@ class Backend(Protocol):
         """Whether jobs go on when the control plane ends, for another one to adopt."""
 
     @property
+    def by_hand(self) -> bool:
+        """Whether a person has to start what was submitted, so that waiting for it makes no sense."""
+
+    @property
     def pause_s(self) -> float:
         """How long at least to wait between two calls of `poll`."""
 
@@ -65,8 +69,11 @@ REGISTRY = {
     "local": "harness.backends.local",
     "replay": "harness.backends.replay",
     "slurm": "harness.backends.slurm",
+    "export": "harness.backends.slurm.export",
 }
 """Module of each backend; it defines `open_backend(argument)`."""
+OF_A_SITE = ("slurm", "export")
+"""Backends whose argument is a cluster's site file."""
 
 
 def get(name: str) -> Backend:
@@ -77,3 +84,12 @@ def get(name: str) -> Backend:
         meant = f"did you mean {near[0]!r}? " if near else ""
         raise HarnessError(f"there is no backend {kind!r}", f"{meant}known: {', '.join(REGISTRY)}")
     return cast("Backend", importlib.import_module(REGISTRY[kind]).open_backend(argument))
+
+
+def shared_runs(name: str) -> Path:
+    """The folder for run directories that a cluster's nodes share, as the site of the backend `name` says."""
+    from pathlib import Path
+
+    from harness.backends.slurm import site
+
+    return Path(site.load(name.partition(":")[2]).runs)

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.backends import durable, files, leftovers, supervisor
+from harness.backends import container, durable, files, leftovers, supervisor
 from harness.errors import HarnessError
 from harness.schema import Command, Job, Outcome, Ticket
 
@@ -35,6 +35,7 @@ class Local:
     name = "local"
     at_once = None
     outlives = False
+    by_hand = False
     pause_s = 0.0
 
     def __init__(self) -> None:
@@ -115,8 +116,9 @@ class Local:
             leftovers.give_up(ticket, interrupted=True, detail="cancelled; its supervisor was gone")
 
     def reap(self, run_dir: Path) -> list[str]:
-        """End every job of `run_dir` that has a ticket but no outcome; one line for each."""
-        return list(leftovers.reap(leftovers.open_tickets(run_dir)))
+        """End every job of `run_dir` that has a ticket but no outcome, and remove containers of it; a line for each."""
+        lines = list(leftovers.reap(leftovers.open_tickets(run_dir)))
+        return lines + container.remove_left(str(run_dir.resolve()))
 
 
 def _start_supervisor(job_dir: Path) -> subprocess.Popen[bytes]:

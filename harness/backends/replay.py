@@ -32,6 +32,7 @@ class Replay:
     name = "replay"
     at_once = None
     outlives = False
+    by_hand = False
     pause_s = 0.0
 
     def __init__(self, cassette: Path) -> None:

@@ -5,18 +5,20 @@ To add a box: one module with a class that has the members of `Box`, and one lin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from harness.boxes.apptainer import ApptainerBox
 from harness.boxes.docker import DockerBox
 from harness.boxes.found import FoundBox
+from harness.boxes.pyxis import PyxisBox
 from harness.boxes.venv import VenvBox, environments_root
 from harness.catalog import nearest
 from harness.errors import HarnessError
 from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
-__all__ = ["MEMORY_LIMITED", "REGISTRY", "Box", "environments_root", "get"]
+__all__ = ["MEMORY_LIMITED", "REGISTRY", "Box", "environments_root", "get", "of_site"]
 
 
 class Box(Protocol):
@@ -46,6 +48,8 @@ REGISTRY: dict[str, Callable[[Path | None], Box]] = {
     "venv": VenvBox,
     "docker": DockerBox,
     "found": FoundBox,
+    "apptainer": ApptainerBox,
+    "pyxis": PyxisBox,
 }
 MEMORY_LIMITED = ("docker",)
 """Boxes that hold a job to its `host_memory_gib`."""
@@ -56,3 +60,10 @@ def get(name: str, root: Path | None = None) -> Box:
     if name not in REGISTRY:
         raise HarnessError(f"no box is called {name!r}{nearest(name, REGISTRY)}", f"There are: {', '.join(REGISTRY)}.")
     return REGISTRY[name](root)
+
+
+def of_site(name: str, images: Mapping[EnvironmentName, str], mounts: tuple[str, ...]) -> Box:
+    """The box that a cluster's site file names, with its images and host paths where it takes them."""
+    if name == "apptainer":
+        return ApptainerBox(None, images, mounts)
+    return PyxisBox(None, images, mounts) if name == "pyxis" else get(name)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from harness.errors import HarnessError
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -23,8 +25,25 @@ Matrix = Annotated[Path, typer.Argument(help="A matrix file (YAML).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a machine.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
 Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches this shell pattern.")]
-Backend = Annotated[str, typer.Option("--backend", help="Who starts the jobs: local, or replay:RUN_DIRECTORY.")]
+Backend = Annotated[
+    str, typer.Option("--backend", help="Who starts the jobs: local, slurm, export, or replay:RUN_DIRECTORY.")
+]
+Site = Annotated[
+    str | None, typer.Option("--site", help="The cluster for slurm and export: a site file, or the name of one.")
+]
 Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv, docker or found.")]
+
+
+def placed(backend: str, site: str | None, runs: Path) -> tuple[str, Path]:
+    """The backend with its site, and the folder for run directories: the site's own where none was named."""
+    from harness import backends
+
+    if site is None:
+        return backend, runs
+    if backend not in backends.OF_A_SITE:
+        raise HarnessError(f"--site means nothing to --backend {backend}", "say `--backend slurm --site NAME`")
+    shared = backends.shared_runs(f"{backend}:{site}")
+    return f"{backend}:{site}", shared if runs == Path("runs") and backend == "slurm" else runs
 
 
 def console() -> Console:

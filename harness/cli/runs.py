@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from harness.cli.common import Backend, Box, Json, Matrix, Only, Runs, app, console, print_json, show_parts
+from harness.cli.common import (
+    Backend,
+    Box,
+    Json,
+    Matrix,
+    Only,
+    Runs,
+    Site,
+    app,
+    console,
+    placed,
+    print_json,
+    show_parts,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +63,7 @@ def run(
     matrix: Matrix,
     runs: Runs = Path("runs"),
     backend: Backend = "local",
+    site: Site = None,
     box: Box = "venv",
     only: Only = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Measure failed cases again.")] = False,
@@ -72,6 +86,7 @@ def run(
     """Measure a matrix; on an existing run directory, go on where it stopped."""
     from harness import pipeline, session
 
+    backend, runs = placed(backend, site, runs)
     options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory)
     if dry_run:
         return _dry_run(matrix, options, as_json)
@@ -101,11 +116,14 @@ def _result_json(result: pipeline.Result) -> dict[str, Any]:
         "run": str(result.run.folder),
         "report": str(result.page),
         "kept": len(result.kept),
+        "added": sum(record.parent is not None for record in result.records),
         "cases": [
             {
                 "id": record.case_id,
                 "status": record.status,
                 "kept": record.case_id in result.kept,
+                "parent": record.parent,
+                "rung": record.rung.name if record.rung else None,
                 "record": str(result.run.record_path(record.case_id)),
             }
             for record in result.records
@@ -176,7 +194,7 @@ def show(
     if as_json:
         print_json([record.model_dump(mode="json") for record in found.records])
     elif found.case is not None:
-        show_parts(terminal.case(found.case, found.folder))
+        show_parts(terminal.case(found.case, found.folder, found.beside))
     else:
         show_parts(terminal.run_table(found.records))
 

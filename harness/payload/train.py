@@ -120,7 +120,7 @@ def start(case: dict[str, Any], journal: Journal) -> tuple[str, int]:
     import harness.payload.trainer  # noqa: F401 - imported here, so that the baseline holds the libraries
 
     journal.write("start", rank=journal.rank, world_size=world_size, local_rank=local_rank, pid=os.getpid(),
-                  host=socket.gethostname(), python=platform.python_version(), libraries=libraries(),
+                  host=host_name(), python=platform.python_version(), libraries=libraries(),
                   device=describe_device(device), baseline_rss_bytes=rss_bytes())  # fmt: skip
     return device, world_size
 
@@ -130,6 +130,11 @@ def communication(case: dict[str, Any]) -> str:
     if case["device"] == "cpu":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if case["cpu_offload"] else "nccl"
+
+
+def host_name() -> str:
+    """This host, by the name that a scheduler knows it by, where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def forget_launcher() -> None:

@@ -17,7 +17,7 @@ from harness.backends.slurm import outcome as ends
 from harness.backends.slurm import script, site
 from harness.backends.slurm.client import Client, Seen, Silent
 from harness.errors import HarnessError
-from harness.schema import Command, Job, Outcome, Ticket
+from harness.schema import Command, EnvironmentName, Job, Outcome, Ticket
 
 INTENT_FILE = "submit.json"
 SCRIPT_FILE = "job.sbatch"
@@ -32,20 +32,26 @@ def open_backend(argument: str) -> Slurm:
     return Slurm(site.load(argument), str(site.path_of(argument)))
 
 
+def _refuse_unshared(place: site.Site, run_dir: Path) -> None:
+    """HarnessError where the nodes would not see the run directory."""
+    if not run_dir.resolve().is_relative_to(Path(place.runs).resolve()):
+        raise HarnessError(f"{run_dir} does not lie below {place.runs}, which the site's nodes share",
+                           f"leave --runs out, or give a folder below {place.runs}")  # fmt: skip
+
+
 class Slurm:
     """Starts jobs on a cluster; they go on when this process ends, and another one adopts them."""
 
     name = "slurm"
     outlives = True
+    by_hand = False
 
     def __init__(self, place: site.Site, argument: str, client: Client | None = None) -> None:
         self.site = place
         self.argument = argument
         self.client = client or Client()
-        self.at_once = place.max_queued
+        self.at_once: int = place.max_queued
         self.pause_s = min(2.0, place.poll_s)
-        self.runtime = place.runtime
-        self.images = dict(place.images)
         self._seen: dict[str, Seen] = {}
         self._missing_since: dict[str, float] = {}
         self._ended: set[str] = set()
@@ -67,6 +73,10 @@ class Slurm:
         if place.images and job.environment not in place.images:
             return f"needs an image for {job.environment}; the site file names none"
         return None
+
+    def box(self) -> tuple[str, dict[EnvironmentName, str], tuple[str, ...]]:
+        """The box that the site's nodes have: its name, its images and the host paths it sees."""
+        return self.site.runtime, dict(self.site.images), self.site.mounts
 
     def order(self, job: Job, command: Command, job_dir: Path, name: str) -> script.Order:
         """What the script of a job is made from."""
@@ -195,6 +205,7 @@ class Slurm:
 
     def adopt(self, run_dir: Path) -> list[str]:
         """Find again what an earlier control plane submitted, also where it ended before it had noted the job's id."""
+        _refuse_unshared(self.site, run_dir)
         lines = list(self._recover(run_dir))
         at_work = len(_open_tickets(run_dir))
         if at_work:
@@ -290,5 +301,7 @@ def _container(argv: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]
     """srun's container options and the rest of a command that the pyxis box made."""
     if not argv or argv[0] != "srun":
         return (), argv
-    split = next(index for index, part in enumerate(argv[1:], 1) if not part.startswith("--container"))
+    split = next(
+        index for index, part in enumerate(argv[1:], 1) if not part.startswith(("--container", "--no-container"))
+    )
     return argv[1:split], argv[split:]

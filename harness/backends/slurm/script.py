@@ -50,7 +50,7 @@ class Order(Frozen):
 
 def text(order: Order) -> str:
     """The script."""
-    parts = (_head(order), _shared(order), ON_NODE.replace("{launcher}", launcher(order.argv)), _batch(order))
+    parts = (_head(order), _shared(order), _on_node(order), _batch(order))
     return "\n".join(parts)
 
 
@@ -153,8 +153,10 @@ def on_scratch(order: Order) -> bool:
 def _scratch(order: Order) -> list[str]:
     return [
         "# The node's own disk: slow shared storage looks like a hanging network. Caches stay for the next job.",
-        f'scratch="{order.site.scratch}/harness-${{USER:-$(id -un)}}/$SLURM_JOB_ID"',
-        f'caches="{order.site.scratch}/harness-${{USER:-$(id -un)}}/caches"',
+        f'scratch_root="{order.site.scratch}"',
+        "scratch=$scratch_root/harness-${USER:-$(id -un)}/$SLURM_JOB_ID.$node",
+        "caches=$scratch_root/harness-${USER:-$(id -un)}/caches",
+        "export APPTAINER_BIND=$scratch_root",
         "export TMPDIR=$scratch/tmp TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor",
         "export VLLM_CACHE_ROOT=$caches/vllm XDG_CACHE_HOME=$caches",
     ]
@@ -200,9 +202,18 @@ if [ "${1:-}" = on-node ]; then
     sleep 1 & wait -n "$!" "$launcher"
   done
   wait "$launcher"
-  exit
+  code=$?
+  {tidy}
+  exit "$code"
 fi
 """
+
+
+def _on_node(order: Order) -> str:
+    alone = order.site.scratch and order.job.nodes > 1  # else the batch script still has artifacts to copy from it
+    tidy = 'rm -rf "$scratch"' if alone else ":"
+    return ON_NODE.replace("{launcher}", launcher(order.argv)).replace("{tidy}", tidy)
+
 
 BATCH = r"""
 # ---------------------------------------------------------------- the batch script, on the first node alone
@@ -210,7 +221,9 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then # requeued by somebody: what the 
   mkdir -p "earlier.$SLURM_RESTART_COUNT"
   mv events.* logs node.*.txt stop.txt ending.* ended.txt stacks.* "earlier.$SLURM_RESTART_COUNT/" 2>/dev/null
 fi
-echo "$SLURM_JOB_ID ${SLURM_JOB_NODELIST} $(date +%s)" >started.txt
+echo "$SLURM_JOB_ID ${SLURM_JOB_NODELIST} $(date +%s.%N)" >started.txt
+ln -sfn "logs/$node.stdout.log" stdout.log # where every backend has them
+ln -sfn "logs/$node.stderr.log" stderr.log
 export HARNESS_HEAD={head}
 export HARNESS_PORT=$(({first_port} + SLURM_JOB_ID % {ports}))
 how=ended
@@ -237,7 +250,7 @@ wait "$step"
 code=$?
 [ -z "${last_resort:-}" ] || kill "$last_resort" 2>/dev/null
 {finish}
-echo "$how $code $(date +%s)" >ended.new
+echo "$how $code $(date +%s.%N)" >ended.new
 mv ended.new ended.txt
 [ "$how" = ended ] || exit 124
 exit "$code"
@@ -267,13 +280,19 @@ def _batch(order: Order) -> str:
         "first_port": str(FIRST_PORT),
         "ports": str(PORTS),
         "nodes": str(job.nodes),
-        "options": "".join(f"{shlex.quote(option)} " for option in order.container),
+        "options": "".join(f"{_container_option(option, site)} " for option in order.container),
         "limit_s": str(math.ceil(job.time_limit_s)),
         "stall_s": str(math.ceil(job.stall_s)),
         "prepare": _prepare(order),
         "finish": _finish(order),
     }
     return re.sub(rf"\{{({'|'.join(values)})\}}", lambda found: values[found[1]], BATCH)
+
+
+def _container_option(option: str, site: Site) -> str:
+    if option.startswith("--container-mounts=") and site.scratch:
+        return f'{shlex.quote(option)}",$scratch_root:$scratch_root"'
+    return shlex.quote(option)
 
 
 def _prepare(order: Order) -> str:

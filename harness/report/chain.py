@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from harness import frontier
 from harness.report.words import one_line, plural
-from harness.schema import Record
+from harness.schema import NOT_IDENTITY, AnyCase, ChainCase, Record
 
+ARROW = "\N{RIGHTWARDS ARROW}"
 MAX_CHAIN = 1000
 """Longer than any ladder: a loop of parents can only come from records changed by hand."""
 
@@ -52,9 +53,25 @@ def conclusion(chain: Sequence[Record]) -> str:
         reason = last.ladder_end.reason if last.ladder_end else "it has not been climbed"
         return one_line(f"The ladder was not climbed: {reason}.", 300)
     if last.status == "measured" and not _buys_evidence(last):
-        return one_line(f"After {steps} it fitted: {last.case_id}.", 300)
+        return one_line(f"After {steps} it fitted with {together(chain[0].case, last.case)}.", 300)
+    diagnosis = chain[0].last.diagnosis if chain[0].last else None
+    if diagnosis and diagnosis.showed:
+        return one_line(f"After {steps}: {diagnosis.showed}", 300)
     reason = last.ladder_end.reason if last.ladder_end else "it goes on with the next run"
     return one_line(f"{steps[0].upper()}{steps[1:]}, then the ladder ended: {reason}.", 300)
+
+
+def together(before: AnyCase, after: AnyCase) -> str:
+    """All in which two cases differ: `seq_len 512 -> 128, micro_batch 4 -> 2`."""
+    one, other = _flat(before), _flat(after)
+    parts = [f"{name} {one[name]} {ARROW} {other[name]}" for name in one if name in other and one[name] != other[name]]
+    return ", ".join(parts)
+
+
+def _flat(case: AnyCase) -> dict[str, object]:
+    halves = {"": case} if not isinstance(case, ChainCase) else {"train.": case.train, "serve.": case.serve}
+    return {f"{half}{name}": value for half, part in halves.items() for name, value in part.model_dump().items()
+            if name not in NOT_IDENTITY}  # fmt: skip
 
 
 def _buys_evidence(record: Record) -> bool:

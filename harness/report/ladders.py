@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from harness.frontier import Search
-from harness.report.chain import answer, conclusion, outcome
+from harness.report.chain import ARROW, answer, conclusion, outcome
 from harness.report.parts import Link, Section, facts_section, plain_json, table_section, when, word
 from harness.report.words import MISSING, Cell, duration, one_line
 from harness.schema import Attempt, PassedOver, RankObservation, Record, Rung
 
-ARROW = "\N{RIGHTWARDS ARROW}"
-HEAD = ("time", "after start", "rank", "what", "file:line")
+HEAD = ("time", "rank", "what", "file:line")
 
 
 def changed(rung: Rung) -> str:
@@ -25,7 +24,7 @@ def ladder_sections(record: Record, chain: Sequence[Record], link: Link) -> list
     if not chain:
         return []
     rows = [_step(number, one, record, link) for number, one in enumerate(chain)]
-    head = ("", "rung", "change", "how it ended", "case")
+    head = ("rung", "change", "how it ended", "case")
     passed = [
         (word(one.rung), word(one.why), word(len(chain) if step is None else step))
         for step, found in _passed_over(chain)
@@ -42,8 +41,8 @@ def _step(number: int, one: Record, shown: Record, link: Link) -> tuple[Cell, ..
     mark = " (this one)" if one.case_id == shown.case_id else ""
     name = f"{rung.code} {rung.name}" if rung else "as planned" if number == 0 else "planned by the matrix"
     address = link(f"cases/{one.case_id}/record.json")
-    return (word(number or "first"), word(name), word(changed(rung) if rung else MISSING), word(outcome(one)),
-            Cell(one_line(one.case_id + mark, 160), "", None, address))  # fmt: skip
+    return (word(f"{number}. {name}" if number else name), word(changed(rung) if rung else MISSING),
+            word(outcome(one)), Cell(one_line(one.case_id + mark, 160), "", None, address))  # fmt: skip
 
 
 def _this_rung(record: Record) -> list[tuple[str, Cell]]:
@@ -73,15 +72,10 @@ def timeline_section(attempt: Attempt, link: Link) -> Section | None:
     begun = min(job.outcome.start for job in attempt.jobs)
     events = sorted(_events(attempt, link), key=lambda event: event[0])
     rows = [
-        (
-            Cell(when(t)[11:19]),
-            duration(max(0.0, t - begun)),
-            word(MISSING if rank is None else rank),
-            word(what),
-            place,
-        )
+        (Cell(f"{when(t)[11:19]} +{duration(max(0.0, t - begun)).text}"), word(MISSING if rank is None else rank),
+         word(what), place)
         for t, rank, what, place in events
-    ]
+    ]  # fmt: skip
     return table_section("Timeline", HEAD, rows, open=True)
 
 

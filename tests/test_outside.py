@@ -123,7 +123,7 @@ def test_a_cleanup_that_says_nonsense_costs_no_result(start: Start) -> None:
     assert "cleaning up failed" in outcome.detail
 
 
-def test_a_process_outside_the_tree_is_asked_for_its_stacks_and_then_ended(
+def test_a_process_outside_the_tree_is_looked_at_when_it_stalls_and_then_ended(
     start: Start, strangers: list[subprocess.Popen[bytes]]
 ) -> None:
     backend, ticket = start(stub_jobs.job(hang_at_step=1, stall_s=2.0))
@@ -131,7 +131,7 @@ def test_a_process_outside_the_tree_is_asked_for_its_stacks_and_then_ended(
     outcome = ended(backend, ticket)
     assert outcome.stalled
     seen = json.loads((Path(ticket.job_dir) / "stall.json").read_text())["processes"]
-    assert strangers[0].pid in {entry["pid"] for entry in seen}
+    assert [entry["pid"] for entry in seen] == [strangers[0].pid]
     assert strangers[0].wait(5) < 0
 
 

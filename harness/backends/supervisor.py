@@ -185,7 +185,7 @@ class Supervisor:
                 size, last = grown, now
                 self._record_tree()
             if idle_s > self.order["stall_s"]:
-                stall.save(self.job_dir, self._members() + self._outside(), idle_s)
+                stall.save(self.job_dir, self._at_work(), idle_s)
                 return self._end_as("stalled", f"no rank wrote an event for {idle_s:.1f} s")
             self._wait(max(0.01, TICK_S - (time.monotonic() - last)))
 
@@ -225,11 +225,16 @@ class Supervisor:
         self.tree.look(anew=True)
         return [member for member in self.tree.members.values() if not member.ended]
 
-    def _outside(self) -> list[processes.Process]:
-        """What the job has at work outside our tree, if that is where it works."""
-        known = self.tree.members
-        found = outside.marked(self.order["mark"]) if self.order.get("cleanup") else []
-        return [process for process in found if process.pid not in known]
+    def _at_work(self) -> list[processes.Process]:
+        """The living processes that do the work: of a container those in it, and not the client that waits for it.
+
+        That client passes signals on to the container's first process, which a request for stacks would kill.
+        """
+        members = self._members()
+        if not self.order.get("cleanup"):
+            return members
+        client = {member.pid for member in members}
+        return [process for process in outside.marked(self.order["mark"]) if process.pid not in client]
 
     def _record_tree(self) -> None:
         """Note what is new, for a `reap` that has to do without us."""

@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fakes import fake_engine, stub_box
 
@@ -27,6 +26,7 @@ from harness.boxes.docker import DockerBox
 from harness.schema import Command, Job, Mount
 
 FAKES = Path(__file__).resolve().parent
+ROOT = FAKES.parent.parent
 
 
 def docker(*arguments: str, host: str | None = None, **options: Any) -> str:

@@ -186,7 +186,8 @@ def config(case: TrainCase) -> dict[str, Any]:
 
 def test_fsdp_is_the_payloads_own_and_not_accelerates() -> None:
     found = job(changed(TRAIN, strategy="fsdp", devices=4))
-    assert found.argv[:5] == ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4")
+    assert found.argv[:4] == ("python", "-m", "torch.distributed.run", "--standalone")
+    assert "--nproc_per_node=4" in found.argv
     assert not found.files
     assert found.env["NCCL_DEBUG_FILE"]
 

@@ -99,7 +99,7 @@ def test_it_is_found_again_from_records_alone() -> None:
 
 
 def peaks() -> dict[str, dict[int, int]]:
-    """Measured peaks of reserved memory by length, of each committed case measured at three lengths."""
+    """Measured peaks of allocated memory by length, of each committed case measured at three lengths."""
     found: dict[str, dict[int, int]] = {}
     for path in records_below(ROOT / "reports"):
         record = read_record(path)
@@ -107,7 +107,7 @@ def peaks() -> dict[str, dict[int, int]]:
         if record.status == "measured" and train and isinstance(case, TrainCase) and case.memory_cap_gib is None:
             assert record.last
             peak = max(
-                memory.peak_reserved_bytes or 0 for rank in record.last.observation.ranks for memory in rank.memory
+                memory.peak_allocated_bytes or 0 for rank in record.last.observation.ranks for memory in rank.memory
             )
             found.setdefault(f"{path.parents[2].name}/{frontier.group(case, 'seq_len')}", {})[case.seq_len] = peak
     return {name: of for name, of in found.items() if len(of) >= 3}

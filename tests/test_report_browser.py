@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import climbed
 from fakes import records as fakes
 from fakes.hostile import NASTY, hostile
 
@@ -177,6 +178,25 @@ def test_a_failed_case_shows_diagnosis_evidence_and_log(show: Open, named: dict[
     assert inside.get_by_role("link", name="record", exact=True).get_attribute("href") == (
         f"cases/{record.case_id}/record.json"
     )
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_failed_case_shows_its_timeline_its_ladder_and_what_fitted(show: Open, width: int) -> None:
+    records = [*climbed.climbed(), *climbed.searched()]
+    opened = show(records, width)
+    page = opened.page
+    assert "After 2 reruns it fitted with seq_len 512 → 256" in page.locator("#failed").inner_text()
+    assert "seq_len 128 fits, 192 is the first that does not" in page.locator("#searches").inner_text()
+    page.locator("#failed a").first.click()
+    inside = page.locator(".inside")
+    inside.wait_for()
+    text = inside.inner_text()
+    for words in ("INITIATING: OutOfMemoryError", "events.rank1.jsonl:7", "1. O1 seq_len", "2. O2+O3 micro_batch"):
+        assert words in text
+    links = [link.get_attribute("href") for link in inside.locator("a", has_text="train-tiny-hybrid").all()]
+    assert {f"cases/{record.case_id}/record.json" for record in records[:3]} <= set(links)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not opened.complaints
 
 
 def test_nothing_of_a_log_runs_or_becomes_an_element(show: Open, named: dict[str, Record]) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from harness import frontier, launch, schema, session, store, triage
+from harness import frontier, host, launch, schema, session, store, triage
 from harness.matrix.rules import obstacle
-from harness.schema import AnyCase, ChainCase, Frontier, LadderEnd, Plan, Record, case_id
+from harness.schema import AnyCase, ChainCase, Frontier, LadderEnd, Plan, ProbeCase, Record, case_id
 from harness.session import NOT_OF_THE_CASE, Options, Session, Work
 
 MAX_CHAIN = 1000
@@ -140,6 +140,7 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
         answer = _elsewhere(session_, record, answer) or answer
     _note_end(session_, record, answer if isinstance(answer, LadderEnd) else None)
     if isinstance(answer, LadderEnd):
+        _conclude(session_, chain)
         return None
     session_.added[case_id(answer.case)] = (record.case_id, answer.rung)
     return _within(answer.case, asked.minutes * 60 - sum(one.seconds for one in tried[1:]))
@@ -154,9 +155,11 @@ def _tried(record: Record) -> triage.Tried:
 def _means(session_: Session, case: AnyCase) -> triage.Means:
     """What this host gives to a case of that kind."""
     if case.device == "cpu":
-        return triage.Means(devices=case.devices)
+        return triage.Means(devices=case.devices, interfaces=_interfaces(session_))
     sizes = [gpu.total_bytes for gpu in session_.provenance.gpus]
-    return triage.Means(devices=len(session_.slots) - 1, device_bytes=min(sizes, default=None))
+    return triage.Means(
+        devices=len(session_.slots) - 1, device_bytes=min(sizes, default=None), interfaces=_interfaces(session_)
+    )
 
 
 def _elsewhere(session_: Session, record: Record, answer: triage.Next) -> LadderEnd | None:
@@ -180,6 +183,30 @@ def _elsewhere(session_: Session, record: Record, answer: triage.Next) -> Ladder
 def _note_end(session_: Session, record: Record, end: LadderEnd | None) -> None:
     if record.ladder_end != end:
         session_.keep(record.model_copy(update={"ladder_end": end}))
+
+
+def _conclude(session_: Session, chain: Sequence[Record]) -> None:
+    """Add to the diagnosis of the case that failed first what the probes made from it showed."""
+    first = chain[0]
+    probes = [
+        triage.Probed(one.rung, one.case, one.last.diagnosis)
+        for one in chain[1:]
+        if one.rung and one.last and isinstance(one.case, ProbeCase)
+    ]
+    if first.last is None or first.last.diagnosis is None:
+        return
+    known = triage.with_evidence(first.last.diagnosis, probes)
+    if known != first.last.diagnosis:
+        last = first.last.model_copy(update={"diagnosis": known})
+        session_.keep(first.model_copy(update={"attempts": (*first.attempts[:-1], last)}))
+
+
+def _interfaces(session_: Session) -> tuple[str, ...]:
+    """Of this host; in a replay those that the recorded probes were pinned to."""
+    if session_.recorded is None:
+        return host.interfaces()
+    cases = [record.case for record in session_.recorded.records() if record.rung]
+    return tuple(dict.fromkeys(case.interface for case in cases if isinstance(case, ProbeCase) and case.interface))
 
 
 def _within(case: AnyCase, seconds: float) -> AnyCase:

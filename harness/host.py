@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,14 @@ def memory_bytes() -> int:
     total = int(psutil.virtual_memory().total)
     limit = "".join(_lines(Path("/sys/fs/cgroup/memory.max"))).strip()
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def interfaces() -> tuple[str, ...]:
+    """Network interfaces that are up and have an address, loopback left out, by name."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    inet = (socket.AF_INET, socket.AF_INET6)
+    addressed = {name for name, found in psutil.net_if_addrs().items() if any(one.family in inet for one in found)}
+    return tuple(sorted(name for name in up & addressed if name != "lo"))
 
 
 def gpus() -> tuple[tuple[Gpu, ...], str | None]:

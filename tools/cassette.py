@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import launch, matrix, schema
+from harness import launch, matrix, schema, store
 from harness.schema import Record
 from harness.scrub import scrub
 
@@ -71,18 +71,19 @@ def _short(path: str) -> str:
 
 
 def copy(run: Path, out: Path, plan_file: Path) -> None:
-    """Write the cassette; KeyError where the matrix plans a case that was not recorded."""
+    """Write the cassette, with what ladders added; KeyError where the matrix plans a case that was not recorded."""
     names = Names(run)
     plan = matrix.load(plan_file)
     out.mkdir(parents=True)
     (out / "matrix.yaml").write_text(plan_file.read_text())
     (out / "run.json").write_text(names.replaced((run / "run.json").read_text()))
     records = {}
-    for case in [*plan.cases, *(skip.case for skip in plan.skips)]:
+    cases = [*plan.cases, *(record.case for record in store.Run(run).records() if record.parent)]
+    for case in [*cases, *(skip.case for skip in plan.skips)]:
         text = (run / "cases" / schema.case_id(case) / "record.json").read_text()
         records[schema.case_id(case)] = Record.model_validate_json(text)
         _write(out / "cases" / schema.case_id(case) / "record.json", names, _compact(text))
-    for group in launch.group(plan.cases):
+    for group in launch.group(cases):
         last = records[schema.case_id(group[0])].last
         for job in last.jobs if last else ():
             failed = any(records[schema.case_id(case)].status == "failed" for case in group)

@@ -188,7 +188,7 @@ CHAIN_SERVE_ONLY: dict[str, Read] = {**SERVE_ONLY, "adapter": _trained}
 PROBE: dict[str, Read] = {
     **_of(ProbeCase, "device", "devices", "nodes", "interface", "p2p", "iterations", "debug"),
     "sizes": _sizes,
-    **{name: COMMON[name] for name in ("repeat", "time_limit", "stall", "ladder")},
+    **{name: COMMON[name] for name in ("repeat", "time_limit", "stall", "ladder", "ladder_tries", "ladder_minutes")},
 }
 """Keys of a probe, which has no model."""
 

@@ -40,6 +40,8 @@ class Diagnosis(Frozen):
     cause_status: ClaimStatus = "unknown"
     evidence: tuple[Evidence, ...] = ()
     next_step: str = ""
+    showed: str = ""
+    """What the probes of a ladder showed, in one sentence; the next step then follows from it."""
 
 
 class TimelineEvent(Frozen):

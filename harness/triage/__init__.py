@@ -2,7 +2,8 @@
 
 from harness.triage.anylog import as_json, triage
 from harness.triage.ladder import Next, Tried, next_rung
+from harness.triage.probing import Probed, with_evidence
 from harness.triage.rungs import Means
 from harness.triage.verdict import diagnose
 
-__all__ = ["Means", "Next", "Tried", "as_json", "diagnose", "next_rung", "triage"]
+__all__ = ["Means", "Next", "Probed", "Tried", "as_json", "diagnose", "next_rung", "triage", "with_evidence"]

@@ -28,11 +28,11 @@ from harness.schema import (
     TrainCase,
     case_id,
 )
-from harness.triage import rungs
+from harness.triage import probing, rungs
 from harness.triage.rungs import Maker, Means, Part, sequences_per_step
 
 FOLDER = Path(__file__).parent / "ladders"
-MAKERS: Mapping[str, Maker] = {**rungs.RUNGS}
+MAKERS: Mapping[str, Maker] = {**rungs.RUNGS, **probing.RUNGS}
 """What each rung makes of a case, by the rung's name; the names of all ladders are apart."""
 OF_SERVING = frozenset({"start_server", "bench", "smoke", "stop_server"})
 """Phases of a chain's second half."""
@@ -198,7 +198,8 @@ def _climb(name: str, entry: RungEntry, base: Tried, tried: Sequence[Tried], mea
     part, prefix = part_of(base.case, diagnosis)
     if entry.kinds not in ("any", part.kind):
         return f"it was not the {entry.kinds} half that failed"
-    made = MAKERS[name](part, replace(means, diagnosis=diagnosis))
+    ran = {one.rung.name: one.diagnosis is None for one in tried if one.rung}
+    made = MAKERS[name](part, replace(means, diagnosis=diagnosis, ran=ran))
     return made if isinstance(made, str) else _whole(base.case, prefix, made)
 
 

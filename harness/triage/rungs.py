@@ -7,7 +7,7 @@ cost. To add one: a function here, its name in `RUNGS`, its entry there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness import catalog
@@ -40,6 +40,8 @@ class Means:
     """Network interfaces of the host that are up and reach others."""
     diagnosis: Diagnosis | None = None
     """Why the case failed that the rung starts from."""
+    ran: Mapping[str, bool] = field(default_factory=dict)
+    """By rung climbed so far: did its case run as asked."""
 
 
 def sequences_per_step(case: TrainCase) -> int:

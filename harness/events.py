@@ -5,6 +5,7 @@ seconds) and `m` (monotonic seconds of that host). Sizes are bytes, durations ar
 written as the string "nan", "inf" or "-inf", so that the file stays JSON and the fact is kept.
 
     start          rank, world_size, local_rank, pid, host, python, libraries {name: version},
+                   versions_sha256 (of all that is installed; equal on every rank),
                    device {type, name, total_bytes}, baseline_rss_bytes
     phase          name, state "begin" or "end", duration_s (at the end); names: data, load, prepare, train, eval,
                    save, reload, merge; start_server, bench, smoke, stop_server; join, check, arrive, measure

@@ -22,6 +22,7 @@ from harness.observe.coerce import text
 from harness.observe.lines import KINDS, MAX_NOTES, RankSeen, Seen
 from harness.observe.live import Live, peek
 from harness.observe.probes import probe
+from harness.observe.versions import odd_ranks
 from harness.schema import (
     Case,
     ChainCase,
@@ -211,6 +212,7 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         errors=_errors(halves, ids),
         notes=tuple({**dict.fromkeys(said), **train.notes, **serve.notes})[:MAX_NOTES],
         libraries={**serve.libraries, **train.libraries},
+        odd_ranks=odd_ranks(train),
         problems=(*_problems(halves), *(problem for one in watched for problem in one.problems)),
         gpus=tuple(gpu for one in watched for gpu in one.gpus),
         nccl=nccl.read(job_dirs),

@@ -38,6 +38,7 @@ class RankSeen:
 
     rank: int
     start: dict[str, Any] = field(default_factory=dict)
+    libraries: dict[str, str] = field(default_factory=dict)
     memory: dict[str, PhaseMemory] = field(default_factory=dict)
     rows: dict[int, Row] = field(default_factory=dict)
     checks: list[ProbeCheck] = field(default_factory=list)
@@ -90,10 +91,13 @@ def _start(seen: Seen, rank: RankSeen, event: Json) -> None:
         "device_name": text(device.get("name"), 200),
         "device_total_bytes": count(device.get("total_bytes")),
         "baseline_rss_bytes": count(event.get("baseline_rss_bytes")),
+        "versions_sha256": text(event.get("versions_sha256"), 80),
     }
     for name, version in list(mapping(event.get("libraries")).items())[:MAX_LIBRARIES]:
         if isinstance(name, str) and isinstance(version, str):
-            seen.libraries.setdefault(text(name, 80) or "", text(version, 80) or "")
+            rank.libraries[text(name, 80) or ""] = text(version, 80) or ""
+    for name, version in rank.libraries.items():
+        seen.libraries.setdefault(name, version)
 
 
 def _phase(seen: Seen, rank: RankSeen, event: Json) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.payload import data, sampler
+from harness.payload import data, sampler, versions
 from harness.payload.journal import Journal, describe
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "triton", "mamba_ssm",
@@ -35,9 +35,14 @@ def main(argv: list[str]) -> int:
     journal.write("alive", what="payload started, importing its libraries")
     # Threads that spin while they wait make a busy host 10 times slower (seen, 2 cores); before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return attempt(Path(argv[0]), journal)
+
+
+def attempt(order: Path, journal: Journal) -> int:
+    """Measure the case of the file `order` in the present directory; 0, or 1 after an `error` event."""
     telemetry = None
     try:
-        job = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        job = json.loads(order.read_text(encoding="utf-8"))
         telemetry = watch_gpus(job["case"])
         run(job, journal)
     except Exception as error:
@@ -64,14 +69,15 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     case, variant, keep = job["case"], job["variant"], job["keep"]
     with journal.during("data"):
         conversations = None if case["data"] == "synthetic" else data.read_conversations(case["data"])
-    device, world_size = start(case, journal)
+    earlier_cases = job.get("earlier_cases", 0)
+    device, world_size = start(case, journal, earlier_cases)
 
     from harness.payload import artifacts, cap
     from harness.payload.meter import MemoryMeter
     from harness.payload.trainer import checkpoint
 
     with journal.during("load"):
-        memory = MemoryMeter(journal, device, cap.impose(case, device, journal))
+        memory = MemoryMeter(journal, device, cap.impose(case, device, journal), warm=earlier_cases > 0)
         memory.restart()
         tokenizer = load_tokenizer(case, variant)
         base = base_path(case, variant, keep, tokenizer, device, journal.rank)
@@ -102,7 +108,7 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     finish(world_size)
 
 
-def start(case: dict[str, Any], journal: Journal) -> tuple[str, int]:
+def start(case: dict[str, Any], journal: Journal, earlier_cases: int = 0) -> tuple[str, int]:
     """Join the other ranks and say who this one is: its device and the number of ranks."""
     import torch
 
@@ -119,9 +125,13 @@ def start(case: dict[str, Any], journal: Journal) -> tuple[str, int]:
         torch.distributed.init_process_group(communication(case))
     import harness.payload.trainer  # noqa: F401 - imported here, so that the baseline holds the libraries
 
+    installed = versions.versions()
     journal.write("start", rank=journal.rank, world_size=world_size, local_rank=local_rank, pid=os.getpid(),
                   host=host_name(), python=platform.python_version(), libraries=libraries(),
-                  device=describe_device(device), baseline_rss_bytes=rss_bytes())  # fmt: skip
+                  versions_sha256=versions.digest(installed),
+                  device=describe_device(device), earlier_cases=earlier_cases,
+                  baseline_rss_bytes=None if earlier_cases else rss_bytes())  # fmt: skip
+    versions.require_same(installed, journal.rank, world_size, host_name())
     return device, world_size
 
 

@@ -48,11 +48,22 @@ class RankObservation(Frozen):
     device_total_bytes: int | None = None
     baseline_rss_bytes: int | None = None
     """RSS after imports, before the model."""
+    versions_sha256: str | None = None
+    """Of the versions of all that is installed."""
     memory: tuple[PhaseMemory, ...] = ()
     steps: Steps = Steps()
     last_phase: str | None = None
     ended: bool = False
     """It wrote its last line."""
+
+
+class OddRank(Frozen):
+    """A rank that has other versions installed than most ranks."""
+
+    rank: int
+    host: str | None = None
+    differences: tuple[str, ...] = ()
+    """Of what matters for a number, such as `trl 1.15.0 (most ranks: 1.16.0)`; empty where only others differ."""
 
 
 class Nonfinite(Frozen):
@@ -286,6 +297,8 @@ class Observation(Frozen):
     """The payload's `error` events as written: rank, phase, type, message, traceback."""
     notes: tuple[str, ...] = ()
     libraries: dict[str, str] = {}
+    odd_ranks: tuple[OddRank, ...] = ()
+    """Ranks whose installed versions are not those of most ranks."""
     problems: tuple[str, ...] = ()
     """What could not be read, with file and line."""
     gpus: tuple[GpuSeries, ...] = ()

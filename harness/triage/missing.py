@@ -24,6 +24,7 @@ def _training(case: TrainCase, observation: Observation, hand_over: str) -> list
         f"{case.devices} ranks were asked for, {len(observation.ranks)} left events": len(observation.ranks)
         >= case.devices,
         "what was proven before the first step differs from what was asked": not train.proof_mismatches,
+        "the ranks have different versions installed": not observation.odd_ranks,
         "nothing was proven before the first step": bool(train.proof),
         "a loss or gradient was not finite": train.nonfinite is None,
         "the evaluation left no loss": train.eval_loss is not None,

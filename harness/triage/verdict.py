@@ -103,6 +103,21 @@ def _taken_by_the_scheduler(facts: Facts) -> Diagnosis | None:
                   "Ask who did; `harness run --retry-failed` measures the case again.", "established")  # fmt: skip
 
 
+def _odd_ranks(facts: Facts) -> Diagnosis | None:
+    """Ranks with other versions than most: whatever else went wrong, the number would be of no one environment."""
+    odd = facts.observation.odd_ranks
+    if not odd:
+        return None
+    first = odd[0]
+    where = f"rank {first.rank}" + (f" on {first.host}" if first.host else "")
+    what = ", ".join(first.differences) or "other versions of packages beside the main ones"
+    others = f", and {len(odd) - 1} more ranks differ" if len(odd) > 1 else ""
+    return _plain(facts, "not_as_requested", f"The ranks do not have the same software: {where} has {what}{others}.",
+                  f"Use one image or one environment on every host; mend the one of {where}, then run again.",
+                  "established", phase="prepare", culprit=Culprit(rank=first.rank, host=first.host),
+                  culprit_status="established")  # fmt: skip
+
+
 def _not_as_requested(facts: Facts) -> Diagnosis | None:
     train = facts.observation.train
     if not train or not train.proof_mismatches:
@@ -272,7 +287,7 @@ def _first_missing(facts: Facts) -> str:
 
 
 RULES: tuple[Callable[[Facts], Diagnosis | None], ...] = (
-    _interrupted, _taken_by_the_scheduler, _not_as_requested, _nan_loss, _host_memory, _initiating_event,
+    _interrupted, _taken_by_the_scheduler, _odd_ranks, _not_as_requested, _nan_loss, _host_memory, _initiating_event,
     _initiating_line, _killed_rank, _consequence, _stalled, _timed_out, _lost, _terminated, _traceback, _incomplete,
 )  # fmt: skip
 

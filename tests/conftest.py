@@ -132,6 +132,15 @@ def environments() -> Path:
     return _envs()
 
 
+@pytest.fixture(scope="session")
+def cpu_images() -> dict[str, Any]:
+    """Both CPU images by environment, as `harness build` leaves them: built once, then found unchanged."""
+    from harness.containers import build
+
+    requests = build.requests(None, "cpu", None, None, 2)
+    return {one.environment: build.build(one, ROOT, print) for one in requests}
+
+
 # ---------------------------------------------------------------- the guard
 
 REFUSED_PROGRAMS = frozenset(

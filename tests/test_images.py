@@ -1,0 +1,71 @@
+"""The CPU images, really built from the committed locks by a real Engine, and looked into."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.containers import build, engine, imagelock, requirements, verify
+from harness.containers.build import CHECKOUT, Request
+from harness.errors import HarnessError
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
+
+LARGEST_BYTES = {"train": 2.5e9, "serve": 4.5e9}
+NAMES = ("train", "serve")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_stands_in_images_lock_and_is_no_larger_than_it_may_be(cpu_images: dict[str, Any], name: str) -> None:
+    image = cpu_images[name].image
+    assert imagelock.read(imagelock.path_of()).images[f"{name}-cpu"] == image
+    assert image.lock == requirements.digest(CHECKOUT / f"images/{name}/cpu.txt")
+    assert image.base == build.base_of(CHECKOUT).digest
+    assert 0 < image.size_bytes < LARGEST_BYTES[name]
+    assert image.cuda is None
+    assert image.versions["torch"] == "2.13.0+cpu"
+
+
+def test_a_second_build_with_nothing_changed_takes_seconds(cpu_images: dict[str, Any]) -> None:
+    began = time.monotonic()
+    again = [build.build(request, CHECKOUT, print) for request in build.requests(None, "cpu", None, None, 2)]
+    assert time.monotonic() - began < 10
+    assert all(one.unchanged for one in again)
+    assert {one.image.image for one in again} == {one.image.image for one in cpu_images.values()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_in_an_image_imports_and_is_as_locked(cpu_images: dict[str, Any], name: str) -> None:
+    verdict = verify.verify(f"{name}-cpu", CHECKOUT)
+    assert [check for check in verdict.checks if check.state != "ok"] == []
+    assert verdict.image == cpu_images[name].image.image
+    assert verdict.packages > 40
+    assert verdict.imported >= verdict.packages * 0.8
+    assert any("librar" in check.what or "extension" in check.what for check in verdict.checks)
+
+
+def test_no_container_of_ours_is_left(cpu_images: dict[str, Any]) -> None:
+    client = engine.connect()
+    try:
+        assert client.containers.list(all=True, filters={"label": engine.LABEL}) == []
+    finally:
+        client.close()
+
+
+def test_one_hash_changed_in_a_real_lock_makes_build_refuse_with_the_name(
+    cpu_images: dict[str, Any], tmp_path: Path
+) -> None:
+    """The index, the wheels and the Engine are the real ones; the checkout is a copy whose lock was tampered with."""
+    shutil.copytree(CHECKOUT / "images", tmp_path / "images")
+    lock = tmp_path / "images/train/cpu.txt"
+    (peft,) = [entry for entry in requirements.read(lock) if entry.name == "peft"]
+    text = lock.read_text()
+    for digest in peft.hashes:
+        text = text.replace(digest, "0" * 63 + digest[-1])
+    lock.write_text(text)
+    with pytest.raises(HarnessError, match=r"no hash of peft 0\.\d+\.\d+ is that of peft-.*\.whl"):
+        build.build(Request(environment="train", variant="cpu"), tmp_path, print)

@@ -165,7 +165,8 @@ def test_the_checkpoint_reads_back_and_the_adapter_is_kept(lora: Ran) -> None:
     assert (save["writer_rank"], save["bytes"] > 100_000) == (0, True)
     artifacts = lora.job_dir / "artifacts"
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(artifacts / "adapter")
-    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names(artifacts / "base")
+    base = {"config.json", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja"}
+    assert base <= names(artifacts / "base")
     assert not (artifacts / "merged").exists()
 
 
@@ -250,10 +251,77 @@ def test_fsdp_really_shards_and_its_gradients_equal_ddp(runner: Runner, ddp: Ran
         assert proof["sharding"]["mesh_size"] == 2
         assert sum(proof["bytes_by_dtype_and_class"].values()) < sum(
             ddp.one("proof")["bytes_by_dtype_and_class"].values()) * 0.6  # fmt: skip
-    for sharded, whole in zip(ran.of("step"), ddp.of("step"), strict=True):
-        assert sharded["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
-        assert sharded["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    same_steps(ran, ddp)
     assert ran.one("reload")["ok"] is True
+    said = python(runner, ran.job_dir, """
+import json
+from transformers import AutoModelForCausalLM
+_, info = AutoModelForCausalLM.from_pretrained("artifacts/checkpoint-4", output_loading_info=True)
+print(json.dumps({name: sorted(info[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}))
+""")  # fmt: skip
+    assert said == {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+
+def same_steps(ran: Ran, other: Ran) -> None:
+    for ours, theirs in zip(ran.of("step"), other.of("step"), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_fsdp_shards_experts_and_adapters_from_drawn_and_from_saved_weights_alike(runner: Runner) -> None:
+    asked = {"variant": "tiny-moe", "devices": 2, "steps": 2, "lora_targets": ("in_proj", "experts.up_proj")}
+    whole = runner.good("moe-ddp", train_case(**asked, strategy="ddp"))
+    drawn = runner.good("moe-fsdp", train_case(**asked, strategy="fsdp"))
+    # A case that keeps its adapter for serving saves its random base first, and every rank reads its rows of that.
+    saved = runner.good("moe-fsdp-saved", train_case(**asked, strategy="fsdp"), keep="merged")
+    for ran in (drawn, saved):
+        same_steps(ran, whole)
+        assert ran.one("proof")["adapter"]["targets"] == ["experts.up_proj", "in_proj"]
+        assert ran.one("reload")["checks"] == {"files": True, "shapes": True, "tokenizer": True, "logits": True}
+    assert "model.safetensors" in names(saved.job_dir / "artifacts/merged")
+
+
+LOAD_SHARDED = """
+import json, sys
+import torch.distributed as dist
+import harness.payload.trainer  # the libraries that a case imports before it loads
+from harness.payload import model, shard
+from harness.payload.meter import rss_bytes
+job = json.loads(sys.argv[1])
+dist.init_process_group("gloo")
+dist.barrier()
+parts = [sum(p.numel() * 4 for p in part.parameters())
+         for _, part in model.units(model.build(job["case"], job["variant"], "meta"))]
+before = rss_bytes()
+open("/proc/self/clear_refs", "w").write("5")
+found = shard.load(job["case"], job["variant"], None, "cpu")
+grown = rss_bytes("VmHWM") - before
+own = sum(p.to_local().numel() * 4 for p in found.parameters())
+print(json.dumps({"grown": grown, "own": own, "largest": max(parts), "whole": sum(parts)}), flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_no_rank_ever_holds_the_whole_model_while_it_loads(runner: Runner) -> None:
+    """By the peak of each process: the memory of a model of 400 MB, in parts of 34 MB, on two ranks."""
+    case = train_case(method="full", devices=2, strategy="fsdp").model_dump(mode="json")
+    variant = catalog.variant("tiny-hybrid").payload()
+    config = {**variant["config"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 14,
+              "hybrid_override_pattern": "M*" + "-" * 12}  # fmt: skip
+    argument = json.dumps({"case": case, "variant": {**variant, "config": config}})
+    folder = runner.folder / "sharding"
+    folder.mkdir()
+    (folder / "load.py").write_text(LOAD_SHARDED)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "load.py", argument)
+    ran = runner.call(folder, launcher, {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+    assert ran.exit_code == 0, ran.output
+    ranks = [json.loads(line) for line in ran.output.splitlines() if line.startswith('{"grown"')]
+    assert len(ranks) == 2
+    for said in ranks:
+        assert said["whole"] > 400e6
+        assert said["own"] < 0.51 * said["whole"]
+        assert said["own"] <= said["grown"] < said["own"] + 4 * said["largest"] < 0.9 * said["whole"]
 
 
 # ---------------------------------------------------------------- what ends a case
@@ -320,7 +388,8 @@ def test_a_target_that_matches_nothing_is_named_beside_what_exists(runner: Runne
 def test_a_nan_in_the_weights_ends_the_case_at_its_first_step(runner: Runner, lora: Ran) -> None:
     broken = runner.folder / "broken"
     shutil.copytree(lora.job_dir / "artifacts/base", broken)
-    put_nan(broken / "model.safetensors", "norm_f.weight")
+    index = json.loads((broken / "model.safetensors.index.json").read_text())["weight_map"]
+    put_nan(broken / index["backbone.norm_f.weight"], "norm_f.weight")
     ran = runner.start("nan", train_case(param_dtype="bf16", weights=str(broken)))
     nonfinite, error = ran.one("nonfinite"), ran.one("error")
     assert ran.exit_code != 0

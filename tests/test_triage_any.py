@@ -364,3 +364,59 @@ def test_numbers_of_a_lines_head_are_no_sizes(tmp_path: Path) -> None:
     assert found.failure_class == "app_exception"
     assert found.culprit
     assert found.culprit.rank == 1
+
+
+def test_what_a_run_warned_of_and_went_on_after_is_no_failure(tmp_path: Path) -> None:
+    warned = "WARNING:data:reading shard 3 failed ([Errno 104] Connection reset by peer), trying again"
+    ended = "step 7/8 loss 0.4\nstep 8/8 loss 0.3\ntraining finished in 9 s"
+    assert of(tmp_path, log=f"{warned}\n{ended}").failure_class == "no_failure"
+    (tmp_path / "log").write_text(f"step 7/8 loss 0.4\n{warned}")
+    assert triage([tmp_path]).failure_class == "peer_lost"
+
+
+def test_one_step_between_two_ranks_is_no_silence(tmp_path: Path) -> None:
+    ended = "W0301 10:00:07.0 70 torch/distributed/elastic/agent/server/api.py:1] Received 15 death signal"
+    files = {"rank_0.log": "step 3/9 loss 1.0", "rank_1.log": "step 4/9 loss 1.0", "torchrun.log": ended}
+    assert of(tmp_path, **files).failure_class == "terminated_external"
+    (tmp_path / "rank_1.log").write_text("step 6/9 loss 1.0")
+    found = triage([tmp_path])
+    assert (found.failure_class, found.culprit and found.culprit.rank) == ("coll_timeout", 0)
+
+
+CROWDED = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 139.00 GiB "
+    "of which 0.40 GiB is free. {listed}Of the allocated memory {own} GiB is allocated by PyTorch, and 0.10 GiB is "
+    "reserved by PyTorch but unallocated."
+)
+
+
+@pytest.mark.parametrize(
+    ("listed", "own", "name"),
+    [
+        ("Process 7 has 137.00 GiB memory in use. Process 9 has 1.60 GiB memory in use. ", "1.10", "contention"),
+        ("", "1.10", "contention"),
+        ("", "137.00", "forward"),
+        ("Process 7 has 138.00 GiB memory in use. ", "137.00", "forward"),
+    ],
+)
+def test_another_processs_memory_is_told_from_a_job_that_is_too_big(
+    tmp_path: Path, listed: str, own: str, name: str
+) -> None:
+    assert of(tmp_path, log=CROWDED.format(listed=listed, own=own)).failure_class == f"oom_gpu_{name}"
+
+
+def test_nccls_last_error_says_more_than_its_code(tmp_path: Path) -> None:
+    code = (
+        "[rank0]: torch.distributed.DistBackendError: NCCL error in: /x/NCCLUtils.cpp:94, invalid usage (run with NCCL"
+    )
+    last = "[rank0]: Last error:\n[rank0]: Bootstrap : no socket interface found"
+    assert of(tmp_path, log=f"{code}\n{last}").failure_class == "nccl_bootstrap_net"
+    (tmp_path / "log").write_text(code)
+    assert triage([tmp_path]).failure_class == "nccl_invalid_usage"
+
+
+def test_the_optimizers_own_frame_says_that_it_was_the_optimizer(tmp_path: Path) -> None:
+    frames = [("train.py", "training_step"), ("torch/optim/optimizer.py", "wrapper"), ("torch/optim/adamw.py", "_init")]
+    body = "".join(f'  File "/x/{file}", line 7, in {name}\n    do()\n' for file, name in frames)
+    found = of(tmp_path, log=f"Traceback (most recent call last):\n{body}{OOM.format(gpu=0)}")
+    assert found.failure_class == "oom_gpu_optimizer"

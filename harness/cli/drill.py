@@ -23,6 +23,7 @@ def drill(
     gpus: Annotated[int | None, typer.Option("--gpus", help="GPUs to use at most; default: those there are.")] = None,
     debug: Annotated[Literal["on", "off", "both"], typer.Option("--debug", help=DEBUG)] = "both",
     out: Annotated[Path | None, typer.Option("--out", help="A new folder for logs, truth and scorecard.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="How many to run at a time.")] = 1,
     box: Box = "venv",
     as_json: Json = False,
 ) -> int:
@@ -32,7 +33,7 @@ def drill(
     if listed:
         return _list(drills.chosen(only, device), as_json)
     folder = out or Path("drills") / time.strftime("%Y-%m-%d-%H%M%S")
-    options = drills.Options(folder, only, device, gpus, debug, box)
+    options = drills.Options(folder, only, device, gpus, debug, box, jobs)
     out_to = console()
     results = drills.run(options, (lambda _: None) if as_json else lambda one: out_to.print(drills.line(one)))
     if as_json:

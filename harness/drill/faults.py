@@ -36,7 +36,6 @@ DEBUG = {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "nccl_trace_rank_",
-        "TORCH_NCCL_DESYNC_DEBUG": "1",
         "DRILL_RECORD": "1",
     },
 }
@@ -92,6 +91,7 @@ class Fault(Frozen):
     needs: tuple[str, ...] = ()
     limit_s: float = 40.0
     off: Shown | None = None
+    alone: bool = False
     quick: bool = False
 
     @model_validator(mode="before")

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Options:
     gpus: int | None = None
     debug: Debug = "both"
     box: str = "venv"
+    at_once: int = 1
 
 
 Watch = Callable[[Drilled], None]
@@ -48,13 +50,13 @@ def run(options: Options, watch: Watch = lambda _: None) -> list[Drilled]:
     directory = store.Run(options.out.resolve())
     directory.stage_payload(PACKAGE)
     drills = _Drills(options, directory.payload_root)
+    todo = [(fault, debug) for fault in faults for debug in settings(options.debug)]
     results: list[Drilled] = []
-    for fault in faults:
-        for debug in settings(options.debug):
-            results.append(drills.drill(fault, debug))
-            watch(results[-1])
-            _keep(options.out, results)
-    return results
+    for result in drills.all(todo, options.at_once):
+        results.append(result)
+        watch(result)
+        _keep(options.out, results)
+    return sorted(results, key=lambda one: [fault.name for fault in faults].index(one.name))
 
 
 def _keep(out: Path, results: Sequence[Drilled]) -> None:
@@ -73,6 +75,17 @@ def visible_gpus() -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A drill at work."""
+
+    fault: Fault
+    truth: Truth
+    folder: Path
+    ticket: Ticket
+    began: float
+
+
 class _Drills:
     """What the drills of one call share."""
 
@@ -84,8 +97,32 @@ class _Drills:
         self._gpus = 0 if options.device == "cpu" else visible_gpus() if options.gpus is None else options.gpus
         self._environments: dict[str, Environment] = {}
 
-    def drill(self, fault: Fault, debug: bool) -> Drilled:
-        """Make one fault and judge what triage says of it."""
+    def all(self, todo: Sequence[tuple[Fault, bool]], at_once: int) -> Iterator[Drilled]:
+        """Each drill's result as it ends; those that need the device for themselves come last, one by one."""
+        waiting = deque(sorted(todo, key=lambda one: one[0].alone))
+        running: list[_Running] = []
+        try:
+            while waiting or running:
+                if waiting and self._may_start(waiting[0][0], running, at_once):
+                    started = self._start(*waiting.popleft())
+                    if isinstance(started, Drilled):
+                        yield started
+                    else:
+                        running.append(started)
+                    continue
+                time.sleep(POLL_S)
+                ended = self._backend.poll([one.ticket for one in running])
+                for one in [one for one in running if one.ticket.job_id in ended]:
+                    running.remove(one)
+                    yield self._judged(one)
+        finally:
+            self._end(running)
+
+    @staticmethod
+    def _may_start(fault: Fault, running: Sequence[_Running], at_once: int) -> bool:
+        return not running or (len(running) < at_once and not fault.alone)
+
+    def _start(self, fault: Fault, debug: bool) -> _Running | Drilled:
         truth = score.truth_of(fault, debug)
         if (reason := self._impossible(fault)) is not None:
             return _result(truth, "skipped", reason)
@@ -93,11 +130,16 @@ class _Drills:
         folder = self._out / job.id
         work = folder / "job"
         work.mkdir(parents=True)
-        began = time.monotonic()
         ticket = self._backend.submit(job, self._box.wrap(job, work, self._payload_root), work)
-        self._wait(ticket)
-        seconds = round(time.monotonic() - began, 1)
-        return self._judged(fault, truth, folder, seconds)
+        return _Running(fault, truth, folder, ticket, time.monotonic())
+
+    def _end(self, running: Sequence[_Running]) -> None:
+        """End what is at work, with all that it started."""
+        tickets = [one.ticket for one in running]
+        for ticket in tickets:
+            self._backend.cancel(ticket)
+        while len(self._backend.poll(tickets)) < len(tickets):
+            time.sleep(POLL_S)
 
     def _impossible(self, fault: Fault) -> str | None:
         """Why this machine cannot make it, as far as that is known before."""
@@ -110,14 +152,12 @@ class _Drills:
             return error.message
         return None
 
-    def _wait(self, ticket: Ticket) -> None:
-        with _cancelled(self._backend, ticket):
-            while ticket.job_id not in self._backend.poll([ticket]):
-                time.sleep(POLL_S)
-        self._backend.collect(ticket)
-
-    def _judged(self, fault: Fault, truth: Truth, folder: Path, seconds: float) -> Drilled:
-        (folder / "job" / SEEN).exists() and (folder / "job" / SEEN).rename(folder / SEEN)
+    def _judged(self, one: _Running) -> Drilled:
+        fault, truth, folder = one.fault, one.truth, one.folder
+        self._backend.collect(one.ticket)
+        seconds = round(time.monotonic() - one.began, 1)
+        if (folder / "job" / SEEN).exists():
+            (folder / "job" / SEEN).rename(folder / SEEN)
         ended = _ended(folder / "job")
         environment = self._environments[fault.environment]
         truth = truth.model_copy(update={
@@ -153,7 +193,7 @@ def _not_injected(truth: Truth, ended: dict[str, object]) -> str:
         return "the stage left no word; its stderr.log says why"
     if truth.failure_class == "no_failure" and ended["exit_code"] != 0:
         return f"the healthy run ended with exit code {ended['exit_code']}"
-    if truth.failure_class != "no_failure" and truth.shown_class != "no_failure" and ended["exit_code"] == 0:
+    if truth.failure_class not in ("no_failure", "nan_loss") and ended["exit_code"] == 0:
         return "the program ended as if nothing were wrong"
     return ""
 
@@ -180,15 +220,3 @@ def _result(truth: Truth, status: score.Status, reason: str, seconds: float = 0.
         seconds=seconds,
         folder=folder.name if folder else "",
     )
-
-
-@contextlib.contextmanager
-def _cancelled(backend: backends.Backend, ticket: Ticket) -> Iterator[None]:
-    """A job that is ended, with all it started, where the wait for it is interrupted."""
-    try:
-        yield
-    except BaseException:
-        backend.cancel(ticket)
-        while ticket.job_id not in backend.poll([ticket]):
-            time.sleep(POLL_S)
-        raise

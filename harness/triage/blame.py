@@ -166,7 +166,10 @@ def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
 
 
 def stopped_early(files: Sequence[Facts]) -> list[int]:
-    """Ranks whose marks of progress stop before those of most others, in the last attempt."""
+    """Ranks whose marks of progress stop before those of most others, in the last attempt.
+
+    Of two ranks one has to be two steps behind: one step is what a moment makes.
+    """
     last: dict[int, tuple[int, int]] = {}
     for facts in files:
         for rank, mark in facts.marks.items():
@@ -175,9 +178,10 @@ def stopped_early(files: Sequence[Facts]) -> list[int]:
     if len(last) < 2:
         return []
     steps = sorted(step for step, _ in last.values())
-    common = max(set(steps), key=steps.count)
-    odd = [rank for rank, (step, _) in last.items() if step != common]
-    return sorted(odd) if 0 < len(odd) < len(last) / 2 or (len(last) == 2 and len(odd) == 1) else []
+    common = steps[-1] - 1 if len(last) == 2 else max(set(steps), key=steps.count)
+    # One step ahead is what a moment makes; more, and the mark is of an earlier count that this rank ended with.
+    behind = [rank for rank, (step, _) in last.items() if step < common or step > common + 1]
+    return sorted(behind) if len(behind) < len(last) / 2 or len(last) == 2 else []
 
 
 def silent(files: Sequence[Facts]) -> int | None:

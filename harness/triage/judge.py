@@ -115,9 +115,11 @@ def _first(files: Files, candidates: Sequence[Event]) -> Event:
 
 
 def _says_more(other: Event, first: Event) -> bool:
-    """Whether a later exception of a chain names the cause better: a known one, or an adapter that was sought."""
+    """Whether a later line of a chain names the cause better: a known error, NCCL's last one, a sought adapter."""
     if first.signature is None:
         return other.signature is not None
+    if first.failure_class == "nccl_invalid_usage":  # NCCL's own last error stands some lines below its code
+        return other.failure_class.startswith("nccl_") and other.failure_class != first.failure_class
     return first.failure_class == "hub_access" and other.failure_class == "peft_config"
 
 
@@ -145,18 +147,13 @@ def _crashed(files: Files) -> LogVerdict | None:
 def _sizes_differ(files: Files, crashes: Sequence[Event] = ()) -> LogVerdict | None:
     """Ranks that say the same sentence with another size, beside a failure in communication."""
     for facts in files.facts:
-        for said in facts.sized.values():
-            if _odd(said) and _only_one_odd_sentence(facts):
-                lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating")
-                         for _, line, text in list(said.values())[:4]]  # fmt: skip
-                return _verdict(files, "coll_mismatch", "hypothesis", NOBODY,
-                                [*lines, *(_evidence(one, "cascade") for one in crashes[:2])])  # fmt: skip
+        odd = [said for said in facts.sized.values() if _odd(said)]
+        if 0 < len(odd) <= 2:  # where many sentences differ between ranks, sizes that differ mean nothing
+            lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating")
+                     for _, line, text in list(odd[0].values())[:4]]  # fmt: skip
+            return _verdict(files, "coll_mismatch", "hypothesis", NOBODY,
+                            [*lines, *(_evidence(one, "cascade") for one in crashes[:2])])  # fmt: skip
     return None
-
-
-def _only_one_odd_sentence(facts: Facts) -> bool:
-    """Where many sentences differ between ranks, sizes that differ mean nothing."""
-    return sum(map(_odd, facts.sized.values())) <= 2
 
 
 def _odd(said: Mapping[int, tuple[tuple[str, ...], int, str]]) -> bool:
@@ -177,7 +174,8 @@ def _recorded(files: Files) -> LogVerdict | None:
 
 
 def _cascades(files: Files) -> list[Event]:
-    return [one for one in files.events if one.role == "cascade" and not (one.signature and one.signature.weak)]
+    found = [one for one in files.events if one.role == "cascade" and not (one.signature and one.signature.weak)]
+    return [one for one in found if not _survived(files, one, found)]
 
 
 def _communication(files: Files) -> LogVerdict | None:
@@ -266,8 +264,8 @@ def _soft_crash(files: Files) -> LogVerdict | None:
 
 
 def _teardown(files: Files) -> LogVerdict | None:
-    ended = [one for one in files.events if one.failure_class == "terminated_external"]
-    return _from_event(files, ended[0], "supported", NOBODY) if ended else None
+    ended = (one for one in files.events if one.failure_class == "terminated_external")
+    return _from_event(files, first, "supported", NOBODY) if (first := next(ended, None)) else None
 
 
 def _good(files: Files) -> LogVerdict | None:

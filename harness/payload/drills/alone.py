@@ -183,13 +183,13 @@ def no_gpu() -> None:
     torch.zeros(8).to("cuda")
 
 
-def quantized_on_cpu_only() -> None:
-    """Load with a quantization that transformers does not know."""
+def quantized_by_absentee() -> None:
+    """Load a checkpoint quantized by a library that is not here."""
     from transformers import AutoModelForCausalLM
 
     folder = _saved()
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.rstrip()[:-1] + ', "quantization_config": {"quant_method": "q7"}}\n')
+    (folder / "config.json").write_text(text.rstrip()[:-1] + ', "quantization_config": {"quant_method": "gptq", "bits": 4}}\n')
     AutoModelForCausalLM.from_pretrained(folder)
 
 

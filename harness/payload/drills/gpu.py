@@ -133,8 +133,8 @@ def save_checkpoint(model: nn.Module) -> None:
 def fragments() -> None:
     """Memory in pieces, of which none is large enough for one large block."""
     limit(4.0)
-    pieces = [torch.empty(30 * 2**20, dtype=torch.uint8, device=DEVICE) for _ in range(110)]
-    kept = pieces[::2]
+    pieces = [torch.empty(5 * 2**20, dtype=torch.uint8, device=DEVICE) for _ in range(660)]
+    kept = pieces[::2]  # four share a segment of the allocator, so that none of these can be given back
     del pieces
     _Large()(kept[0])
 

@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     try:
         with prepared(order) as (prefix, arguments, env):
-            code = _run([*prefix, *_command(order, arguments)], os.environ | order["env"] | env, order)
+            env = {**os.environ, **_one_gpu(order), **order["env"], **env}
+            code = _run([*prefix, *_command(order, arguments)], env, order)
     except NotPrepared as problem:
         return _say(skipped=str(problem))
     _gather()
@@ -46,6 +47,13 @@ def main(argv: list[str]) -> int:
 
 class NotPrepared(Exception):
     """What a fault needs around its program could not be made."""
+
+
+def _one_gpu(order: dict[str, Any]) -> dict[str, str]:
+    """A program without a launcher sees one GPU alone: Trainer would spread itself over more."""
+    if order["ranks"] or order["env"].get("DRILL_DEVICE") != "cuda":
+        return {}
+    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
 
 
 def _say(**ended: Any) -> int:

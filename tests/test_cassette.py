@@ -16,7 +16,7 @@ from harness.session import Options
 from harness.summary import summarize
 
 CASSETTES = Path(__file__).parent / "cassettes"
-NAMES = ("cpu", "h200")
+NAMES = ("cpu", "h200", "probe")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,24 @@ def test_the_failure_is_diagnosed_again_from_its_recorded_files(replayed: dict[s
     assert failed.last.diagnosis.culprit.rank == 0
 
 
+def test_the_communication_ladder_is_climbed_again_and_says_what_it_showed(
+    replayed: dict[str, pipeline.Result],
+) -> None:
+    records = {record.case_id: record for record in replayed["probe"].records}
+    first = next(record for record in records.values() if record.parent is None and record.status == "failed")
+    debug = next(record for record in records.values() if record.parent == first.case_id)
+    pinned = next(record for record in records.values() if record.parent == debug.case_id)
+    assert [record.rung.name for record in (debug, pinned) if record.rung] == ["nccl_debug", "interface"]
+    assert [record.status for record in (first, debug, pinned)] == ["failed", "failed", "measured"]
+    assert first.last is not None
+    assert first.last.diagnosis is not None
+    assert first.last.diagnosis.failure_class == "nccl_bootstrap_net"
+    assert "With the interface pinned to lo the all-reduce of 2 ranks completes" in first.last.diagnosis.showed
+    assert first.last.diagnosis.next_step == "Set GLOO_SOCKET_IFNAME=lo for the job."
+    assert pinned.ladder_end is not None
+    assert "the choice of interface is the cause" in replayed["probe"].page.read_text()
+
+
 def test_gpu_memory_is_told_in_three_numbers(replayed: dict[str, pipeline.Result]) -> None:
     for record in replayed["h200"].records:
         summary = summarize(record)
@@ -121,7 +139,7 @@ def test_a_cassette_that_lacks_a_planned_case_says_which(tmp_path: Path) -> None
 
 def test_cassettes_are_small_and_tell_nothing_of_the_machine_they_were_recorded_on() -> None:
     files = [path for path in CASSETTES.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 300_000
+    assert sum(path.stat().st_size for path in files) < 600_000
     for path in files:
         text = path.read_text()
         assert not re.search(r"/(?:work|tmp|root|home|opt|mnt)/", text), path

@@ -40,6 +40,7 @@ WANTED = {
         "python3.11",
         "ca-certificates",
         "libgomp1",
+        "libstdc++6",
         "libnuma1",
         "libibverbs1",
         "ibverbs-providers",
@@ -260,7 +261,7 @@ def root_file_system(image: str, listed: Listed, files: dict[Package, Path], to:
         source = f"deb [trusted=yes] copy:{folder} ./"
         env = {**os.environ, "SOURCE_DATE_EPOCH": str(listed.epoch), "LC_ALL": "C.UTF-8"}
         # No suite: this repository calls itself none, and all of it is meant.
-        run([*argv, *options, f"--include={include}", "", to, source], env)
+        run([*argv, f"--include={include}", "", to, source], env)
 
 
 def configuration(layer_sha256: str, image: str, epoch: int) -> bytes:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import harness
+from harness import hub
 from harness.boxes.variables import allowed
 from harness.containers import engine, imagelock, requirements
 from harness.errors import HarnessError
@@ -208,14 +209,8 @@ def _mounts(job: Job, payload: Path) -> Iterable[str]:
     yield from ("--mount", _bind(str(payload), writable=False))
     for mount in job.mounts:
         yield from ("--mount", _bind(mount.path, writable=mount.writable))
-    if _wants_hub(job.payload) and Path(hub_cache()).is_dir():
-        yield from ("--mount", _bind(hub_cache(), writable=False))
-
-
-def hub_cache() -> str:
-    """Where huggingface_hub keeps what was fetched: `$HF_HUB_CACHE`, `$HF_HOME/hub`, or its default."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return str(Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").absolute())
+    if _wants_hub(job.payload) and hub.cache().is_dir():
+        yield from ("--mount", _bind(str(hub.cache()), writable=False))
 
 
 def _wants_hub(value: object) -> bool:
@@ -231,8 +226,8 @@ def _bind(path: str, *, writable: bool) -> str:
 
 
 def _variables(job: Job, payload: Path) -> Iterable[str]:
-    hub = {"HF_HUB_CACHE": hub_cache()} if _wants_hub(job.payload) else {}
-    found = dict(sorted((_own(payload) | hub | _site(os.environ) | job.env | _visible(job)).items()))
+    fetched = {"HF_HUB_CACHE": str(hub.cache())} if _wants_hub(job.payload) else {}
+    found = dict(sorted((_own(payload) | fetched | _site(os.environ) | job.env | _visible(job)).items()))
     yield from ("--env", MARK)
     for name, value in found.items():
         yield from ("--env", f"{name}={value}")

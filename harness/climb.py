@@ -95,6 +95,8 @@ def _skip(session_: Session, case: AnyCase, rule: str, reason: str, axis: str) -
 
 def _children(session_: Session) -> dict[str, Record]:
     """The records that ladders have added, by the id of their parent."""
+    if not session_.plan.ladders:
+        return {}
     return {record.parent: record for record in session_.run.records() if record.parent and _counts(record)}
 
 
@@ -135,7 +137,9 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
     if not asked or not _counts(record) or chain[0].status != "failed":
         return None
     tried = [_tried(one) for one in chain]
-    answer = triage.next_rung(tried, asked, _means(session_, record.case), obstacle)
+    answer = triage.next_rung(
+        tried, asked, _means(session_, record.case), lambda case: obstacle(case) or session.lacking(session_, case)
+    )
     if isinstance(answer, triage.Next):
         answer = _elsewhere(session_, record, answer) or answer
     _note_end(session_, record, answer if isinstance(answer, LadderEnd) else None)
@@ -153,8 +157,8 @@ def _tried(record: Record) -> triage.Tried:
 
 
 def _means(session_: Session, case: AnyCase) -> triage.Means:
-    """What this host gives to a case of that kind."""
-    if case.device == "cpu":
+    """What there is for a case of that kind; of a backend with devices of its own, what the case has already."""
+    if case.device == "cpu" or session_.backend.at_once is not None:
         return triage.Means(devices=case.devices, interfaces=_interfaces(session_))
     sizes = [gpu.total_bytes for gpu in session_.provenance.gpus]
     return triage.Means(

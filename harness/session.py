@@ -259,8 +259,8 @@ def pending_work(session: Session) -> list[Work]:
         if record := _standing(session, case, elsewhere, here):
             session.done[record.case_id] = record
             session.kept.add(record.case_id)
-        elif lacking := _lacking(session, case):
-            session.keep(skipped(schema.Skip(case=case, rule=lacking[0], reason=lacking[1])))
+        elif why := lacking(session, case):
+            session.keep(skipped(schema.Skip(case=case, rule=why[0], reason=why[1])))
         elif schema.case_id(case) not in searched:
             todo.append(case)
     return [work_for(session, cases) for cases in launch.group(todo)]
@@ -285,7 +285,7 @@ def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]
     return [case for case in cases if not evidence.standing(case, elsewhere, here)]
 
 
-def _lacking(session: Session, case: Case) -> tuple[str, str] | None:
+def lacking(session: Session, case: Case) -> tuple[str, str] | None:
     """The rule and the reason why this case cannot run here."""
     for job in launch.jobs((case,), 1):
         if reason := session.backend.lacking(job):

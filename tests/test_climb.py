@@ -159,6 +159,26 @@ def test_a_case_that_fails_otherwise_has_no_ladder(bench: Bench) -> None:
     assert record.ladder_end.reason == "app_exception is not what the oom ladder answers"
 
 
+def test_load_points_of_a_server_that_does_not_start_climb_together(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 600})]
+    points = "{concurrency: 1, input_len: 8, output_len: 8}, {concurrency: 4, input_len: 8, output_len: 8}"
+    text = f"{ON_GPU}serve:\n  - {{max_model_len: 2048, ladder: oom, load: [{points}]}}\n"
+    result = bench.run(text)
+    assert status(result.records) == {"failed": 4, "measured": 2}
+    assert list(bench.attempts().values()) == [1, 1, 1]
+    assert {one.case.max_model_len for one in result.records if one.status == "measured"} == {512}
+
+
+def test_a_rung_that_this_host_cannot_give_is_passed_over(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 1})]
+    text = LADDER.replace("seq_len: 512, micro_batch: 4", "seq_len: 16, activation_checkpointing: false")
+    _, *added = chain(bench.run(text).records)
+    assert [one.rung.name for one in added if one.rung] == ["qlora", "activation_checkpointing"]
+    assert added[-1].ladder_end is not None
+    why = {one.rung: one.why for one in added[-1].ladder_end.passed_over}
+    assert why["fsdp"] == "sharding needs two GPUs; this host has one"
+
+
 # ---------------------------------------------------------------- searches
 
 

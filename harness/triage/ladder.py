@@ -135,8 +135,7 @@ def _ladder_of(tried: Sequence[Tried], asked: LadderAsked) -> str | LadderEnd:
         return tried[-1].rung.ladder
     first = tried[0]
     failure = first.diagnosis.failure_class if first.diagnosis else "no_failure"
-    for name in asked.ladders:
-        ladder = ladders()[name]
+    for name, ladder in ((name, ladders()[name]) for name in asked.ladders):
         keys = (failure, f"{failure}/{first.case.device}")
         if refused := next((ladder.refuses[key] for key in keys if key in ladder.refuses), None):
             return LadderEnd(ladder=name, reason=refused)

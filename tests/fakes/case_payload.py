@@ -57,6 +57,10 @@ def serve(job: dict[str, Any]) -> None:
         raise FileNotFoundError(adapter)
     log = EventLog(".", 0)
     log.write("start", rank=0, world_size=1, pid=os.getpid())
+    if FAKE["room"] is not None and job["cases"][0]["case"]["max_model_len"] > FAKE["room"]:
+        said = "No available memory for the cache blocks."
+        log.write("error", phase="start_server", type="ValueError", message=said, traceback="")
+        sys.exit(1)
     log.write("ready", ready_s=0.1)
     for item in job["cases"]:
         misbehave(1)

@@ -10,13 +10,24 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import backends, boxes, climb, frontier, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
 from harness.schema import Attempt, Job, JobRun, Plan, Record
-from harness.session import Case, Options, Session, Work, begin, next_work, pending_work, record_skips, unmeasured
+from harness.session import (
+    Case,
+    Options,
+    Session,
+    Work,
+    begin,
+    next_work,
+    pending_work,
+    record_skips,
+    unmeasured,
+    work_for,
+)
 
 POLL_S = 0.25
 MAX_LOST = 2
@@ -76,7 +87,9 @@ def run(path: Path, options: Options, watch: Callable[[Progress], None] = lambda
         record_skips(session)
         _work_through(session, pending_work(session) + climb.begin(session), watch)
         records = tuple(directory.records())
-        page = results.render(directory)
+        by_hand = session.backend.by_hand
+        notes += session.backend.adopt(directory.folder) if by_hand else []
+        page = results.render(directory) if records or not by_hand else directory.folder / "README.md"
     return Result(directory, records, frozenset(session.kept), page, tuple(notes))
 
 
@@ -190,16 +203,33 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
         return
     active.remove(work)
     session.free |= work.devices
+    work, not_begun = _came_to(session, work)
     attempts = [_attempt(session, case, work) for case in work.cases]
     if _again(work, attempts):
         lost = (*work.lost, _without_numbers(attempts[0]))
-        waiting.insert(0, next_work(session, work.cases, work.attempt, lost))
+        waiting.insert(0, next_work(session, work.cases + not_begun, work.attempt, lost))
         return
     _keep(session, work, attempts)
+    if not_begun:
+        waiting.insert(0, work_for(session, not_begun))
     waiting += climb.after(session, work.cases)
     if not session.options.keep_artifacts:
         for job in work.jobs:
             session.run.tidy(job.id, work.attempt)
+
+
+def _came_to(session: Session, work: Work) -> tuple[Work, tuple[Case, ...]]:
+    """The work with the cases that its process came to, and those that need a fresh one; each has its directory."""
+    if not _shares(work):
+        return work, ()
+    folder = session.run.job_dir(work.job.id, work.attempt) / "cases"
+    begun = tuple(case for case in work.cases if (folder / schema.case_id(case)).is_dir()) or work.cases[:1]
+    return replace(work, cases=begun), tuple(case for case in work.cases if case not in begun)
+
+
+def _shares(work: Work) -> bool:
+    """Whether its training cases share a process, and each has a directory of its own in the job's."""
+    return "cases" in work.job.payload and work.job.payload["role"] == "train"
 
 
 def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
@@ -272,9 +302,11 @@ def _without_numbers(attempt: Attempt) -> Attempt:
 
 def _attempt(session: Session, case: Case, work: Work) -> Attempt:
     folders = [session.run.job_dir(job.id, work.attempt) for job in work.jobs[: len(work.outcomes)]]
-    observation = observe.observe(case, folders)
+    own = [folder / "cases" / schema.case_id(case) for folder in folders] if _shares(work) else folders
+    observation = observe.observe(case, own)
     log = observe.log_text(folders)
-    diagnosis = triage.diagnose(case, work.outcomes, observation, log)
+    finished = _shares(work) and any(rank.ended for rank in observation.ranks) and not observation.errors
+    diagnosis = None if finished else triage.diagnose(case, work.outcomes, observation, log)
     return Attempt(
         number=work.attempt,
         jobs=tuple(_job_run(session, work, index) for index in range(len(work.outcomes))),

@@ -80,6 +80,10 @@ def run(
             "--host-memory", min=0.01, help="End a job that needs more GiB of the host's memory (box docker)."
         ),
     ] = None,
+    share_process: Annotated[
+        bool,
+        typer.Option("--share-process", help="Measure like training cases in one process: sooner, with fewer numbers."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
     as_json: Json = False,
 ) -> int:
@@ -87,7 +91,9 @@ def run(
     from harness import pipeline, session
 
     backend, runs = placed(backend, site, runs)
-    options = session.Options(runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory)
+    options = session.Options(
+        runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory, share_process
+    )
     if dry_run:
         return _dry_run(matrix, options, as_json)
     if as_json:
@@ -144,7 +150,7 @@ def _run_live(matrix: Path, options: session.Options) -> pipeline.Result:
         with Live(console=out, refresh_per_second=4, transient=True) as live:
             result = pipeline.run(matrix, options, lambda progress: live.update(terminal.progress(progress)))
     show_parts(*result.notes, terminal.run_table(result.records, result.kept))
-    out.print(f"report: {result.page}", soft_wrap=True)
+    out.print(f"{'report' if result.page.suffix == '.html' else 'next'}: {result.page}", soft_wrap=True)
     return result
 
 

@@ -80,11 +80,11 @@ class Site(Frozen):
     @model_validator(mode="after")
     def _agrees(self) -> Site:
         if self.runtime in ("pyxis", "apptainer") and not self.images:
-            raise ValueError(f"images: runtime {self.runtime} needs an image for each environment")
+            raise ValueError(f"runtime: {self.runtime} needs an image for each environment, under images")
         if self.runtime not in ("pyxis", "apptainer") and self.images:
             raise ValueError(f"images: runtime {self.runtime} uses no image")
         if self.gpus_per_node and self.gpu_request == "none":
-            raise ValueError("gpu_request: say how the GPUs are requested: gres or gpus-per-node")
+            raise ValueError("gpus_per_node: say how the GPUs are requested, by gpu_request: gres or gpus-per-node")
         for name in self.network:
             if not name.startswith(NETWORK_PREFIXES):
                 raise ValueError(f"network: {name} is no variable of the network between ranks; use environment")

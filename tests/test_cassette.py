@@ -11,12 +11,12 @@ import pytest
 
 from harness import pipeline, store
 from harness.errors import HarnessError
-from harness.schema import Record
+from harness.schema import ProbeCase, Record
 from harness.session import Options
 from harness.summary import summarize
 
 CASSETTES = Path(__file__).parent / "cassettes"
-NAMES = ("cpu", "h200", "probe")
+NAMES = ("cpu", "h200", "probe", "h200x2-probe")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,27 @@ def test_the_communication_ladder_is_climbed_again_and_says_what_it_showed(
     assert first.last.diagnosis.next_step == "Set GLOO_SOCKET_IFNAME=lo for the job."
     assert pinned.ladder_end is not None
     assert "the choice of interface is the cause" in replayed["probe"].page.read_text()
+
+
+def test_two_gpus_reduce_over_nvlink_and_without_p2p_over_host_memory(replayed: dict[str, pipeline.Result]) -> None:
+    seen = {}
+    for record in replayed["h200x2-probe"].records:
+        summary = summarize(record)
+        assert isinstance(record.case, ProbeCase)
+        assert record.last is not None
+        nccl = record.last.observation.nccl
+        assert summary is not None
+        assert summary.probe is not None
+        assert summary.probe.bus_bytes_per_s is not None
+        assert summary.probe.wrong == 0
+        assert nccl is not None
+        assert nccl.version == "2.28.9+cuda13.0"
+        large = next(one for one in nccl.choices if one.collective == "AllReduce" and one.size_bytes == 2**30)
+        chose = (large.algorithm, large.protocol, large.channels)
+        seen[record.case.p2p] = (set(nccl.transports), nccl.paths, chose, summary.probe.bus_bytes_per_s)
+    assert seen[True][:3] == ({"P2P/CUMEM"}, ("NVL",), ("RING", "SIMPLE", 24))
+    assert seen[False][:3] == ({"SHM/direct/direct"}, ("PHB",), ("RING", "SIMPLE", 4))
+    assert seen[True][3] > 10 * seen[False][3]
 
 
 def test_gpu_memory_is_told_in_three_numbers(replayed: dict[str, pipeline.Result]) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from harness import launch, observe, triage
+from harness import launch, observe, pipeline, triage
 from harness.schema import Observation, Outcome, ProbeCase
+from harness.session import Options
 from harness.summary.probes import summarize_probe
 
 pytestmark = pytest.mark.payload
@@ -112,3 +113,35 @@ def test_the_element_that_is_furthest_off_is_stated(environments: Path, tmp_path
     assert seen.probe is not None
     assert [(one.name, one.ok, one.found, one.expected) for one in seen.probe.checks] == [
         ("same", True, 0.0, 0.0), ("other", False, 7.5, 5.0), ("nan", False, None, 2.0)]  # fmt: skip
+
+
+LADDER = """
+version: 1
+name: ladder
+defaults: {device: cpu}
+probe:
+  - {interface: nosuch0, sizes: [1KiB], iterations: 3, ladder: nccl, stall: 30s}
+train:
+  - {variant: tiny-hybrid, method: full, seq_len: 64, devices: 2, strategy: ddp, steps: 2, warmup_steps: 1,
+     ladder: nccl, stall: 1s}
+"""
+
+
+def test_the_ladder_finds_out_what_two_real_failures_are_not(environments: Path, tmp_path: Path) -> None:
+    """An interface that is not there, and training that gives no sign of life for a second while it imports."""
+    path = tmp_path / "ladder.yaml"
+    path.write_text(LADDER)
+    result = pipeline.run(path, Options(runs=tmp_path / "runs"))
+    first = {record.case.kind: record for record in result.records if record.parent is None}
+    said = {kind: record.last.diagnosis for kind, record in first.items() if record.last}
+    assert {kind: one.failure_class for kind, one in said.items() if one} == {
+        "probe": "nccl_bootstrap_net", "train": "stalled"}  # fmt: skip
+    assert said["probe"] is not None
+    assert "With the interface pinned to lo the all-reduce of 2 ranks completes" in said["probe"].showed
+    assert said["train"] is not None
+    assert "Without the model the all-reduce of 2 ranks completes" in said["train"].showed
+    added = [record for record in result.records if record.parent]
+    assert sorted(record.rung.name for record in added if record.rung) == ["interface", "nccl_debug", "nccl_debug"]
+    assert [record.status for record in added if record.rung and record.rung.name == "interface"] == ["measured"]
+    again = pipeline.run(path, Options(runs=tmp_path / "runs"))
+    assert [record.finished_at for record in again.records] == [record.finished_at for record in result.records]

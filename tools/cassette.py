@@ -103,7 +103,19 @@ def _copy_job(job: Path, out: Path, names: Names, failed: bool) -> None:
         if text:
             _write(out / path.relative_to(job), names, text)
     for number, path in enumerate(sorted(job.glob("nccl.*.log"))):  # whose names hold the host's
-        _write(out / f"nccl.host.{number}.log", names, path.read_text("utf-8", "replace"))
+        _write(out / f"nccl.host.{number}.log", names, _choices_once(path.read_text("utf-8", "replace")))
+
+
+def _choices_once(text: str) -> str:
+    """NCCL's log with what it chose for a collective said once, and not again for each of a hundred."""
+    seen: set[str] = set()
+    kept = []
+    for line in text.splitlines():
+        choice = line.partition("NCCL INFO ")[2] if " Bytes -> Algo " in line else ""
+        if choice not in seen:
+            kept.append(line)
+        seen.update([choice] if choice else [])
+    return "\n".join(kept)
 
 
 def _evidence(job: Path) -> Iterator[Path]:

@@ -27,10 +27,11 @@ DIGEST = "sha256:" + "1" * 64
 TRAIN = TrainCase(variant="nano-9b-v2", method="lora", seq_len=2048, lora_targets=("in_proj",))
 WIDE = TRAIN.model_copy(update={"strategy": "fsdp", "devices": 16, "nodes": 2})
 SERVE = ServeCase(variant="nano-9b-v2", tensor_parallel=2)
-CLUSTER = site.Site(version=1, runs="/shared/runs", partition="h100", account="bench", qos="normal", 
-                    constraint="nvlink", nodes=4, gpus_per_node=8, gpu_request="gpus-per-node", gpu_type="h100", cpus_per_device=12,
-                    memory_per_node="900G", exclusive=True, scratch="/raid", environment=("module load cuda",),
-                    network={"NCCL_SOCKET_IFNAME": "ib0"}, exclude_nodes=("bad1",))  # fmt: skip
+CLUSTER = site.Site(version=1, runs="/shared/runs", partition="h100", account="bench", qos="normal",
+                    constraint="nvlink", nodes=4, gpus_per_node=8, gpu_request="gpus-per-node", gpu_type="h100",
+                    cpus_per_device=12, memory_per_node="900G", exclusive=True, scratch="/raid",
+                    environment=("module load cuda",), network={"NCCL_SOCKET_IFNAME": "ib0"},
+                    exclude_nodes=("bad1",))  # fmt: skip
 
 
 def ordered(case: TrainCase | ServeCase, place: site.Site, box: boxes.Box, **more: object) -> str:

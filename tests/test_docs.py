@@ -14,10 +14,12 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "harness" / "ARCHI
 
 def test_the_matrices_in_the_readme_are_ones(tmp_path: Path) -> None:
     path = tmp_path / "readme.yaml"
-    first, ladders = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    first, ladders, probes = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     path.write_text(ladders)
     plan = matrix.load(path)
     assert (len(plan.cases), len(plan.ladders), len(plan.frontiers)) == (33, 1, 1)
+    path.write_text(probes)
+    assert {case.kind for case in matrix.load(path).cases} == {"probe"}
     path.write_text(first)
     plan = matrix.load(path)
     assert len(plan.cases) + len(plan.skips) == 3 * 2 * 3 + 1 + 2 + 2

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
     gpus = (Gpu(index=0, name="GPU", uuid="GPU-0", total_bytes=2**34),)
     monkeypatch.setattr(host, "gpus", lambda: (gpus, "580.0"))
+    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
     return Bench(tmp_path, box)
 
 
@@ -105,7 +111,7 @@ def test_a_second_run_adds_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("when", ["at work", "before its record"])
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 3])
 def test_killed_in_mid_ladder_it_goes_on_there(
     bench: Bench, number: int, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +137,44 @@ def test_killed_in_mid_ladder_it_goes_on_there(
     assert [train(one).seq_len for one in climbed] == [512, 256, 128, 128]
     attempts = bench.attempts()
     assert sorted(attempts.values()) == ([1, 1, 1, 1] if when == "before its record" else [1, 1, 1, 2])
+
+
+def test_kill_after_kill_the_same_ladder_is_climbed_once(tmp_path: Path) -> None:
+    """The control plane dies by SIGKILL at any moment, its jobs with it, until a start comes through."""
+    said = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8388608 bytes."
+    (tmp_path / "stubs.json").write_text(json.dumps([["*", {"room": 300, "oom": said, "step_s": 0.2}]]))
+    bench = Bench(tmp_path, stub_box.StubBox())
+    bench.matrix.write_text(LADDER.replace("device: cuda", "device: cpu"))
+    argv = [
+        sys.executable,
+        str(stub_box.__file__),
+        "run",
+        str(bench.matrix),
+        "--runs",
+        str(bench.runs),
+        "--box",
+        "stub",
+    ]
+    dice, settled, kills = random.Random(5), dict[Path, int](), 0
+    for _ in range(30):
+        control = subprocess.Popen(argv, env=os.environ | {"STUBS": str(tmp_path / "stubs.json")},
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        try:
+            control.wait(dice.uniform(0.8, 2.5) if kills < 4 else 60)
+            break
+        except subprocess.TimeoutExpired:
+            control.kill()
+            control.wait()
+            kills += 1
+        measured = {path: time for path, time in bench.stamps().items() if json.loads(path.read_text())["attempts"]}
+        assert settled.keys() <= measured.keys()
+        settled = measured
+    assert kills >= 3
+    climbed = chain(tuple(bench.directory.records()))
+    assert [(train(one).seq_len, train(one).micro_batch) for one in climbed] == [(512, 4), (256, 4), (128, 4), (128, 2)]
+    assert [one.status for one in climbed] == ["failed", "failed", "failed", "measured"]
+    assert len(list(bench.directory.records())) == 4
+    assert bench.working() == []
 
 
 def test_a_rung_that_the_matrix_plans_itself_is_not_run_twice(bench: Bench) -> None:

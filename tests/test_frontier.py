@@ -12,7 +12,7 @@ from fakes.stub_run import MATRIX, Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import boxes, frontier, host, schema
+from harness import boxes, frontier, host, pipeline, schema
 from harness.schema import Gpu, Record, TrainCase, case_id
 from harness.store import read_record, records_below
 
@@ -146,6 +146,7 @@ def test_a_replayed_grid_and_a_replayed_search_agree(tmp_path: Path, monkeypatch
     monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
     gpus = (Gpu(index=0, name="GPU", uuid="GPU-0", total_bytes=2**34),)
     monkeypatch.setattr(host, "gpus", lambda: (gpus, "580.0"))
+    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
     recording = Bench(tmp_path / "recorded", box)
     recording.folder.mkdir()
     grid = recording.run(GRID + "}\n")

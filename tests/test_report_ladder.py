@@ -8,7 +8,7 @@ from pathlib import Path
 from fakes import climbed
 from rich.console import Console, RenderableType
 
-from harness import report
+from harness import matrix, report
 from harness.report import headline, terminal
 from harness.report.chain import answer, conclusion
 from harness.report.entry import entries
@@ -101,3 +101,14 @@ def test_the_page_holds_them(tmp_path: Path) -> None:
     text = (tmp_path / "index.html").read_text()
     assert "After 2 reruns it fitted with" in text
     assert "192 is the first that does not" in text
+
+
+def test_a_plan_says_how_few_runs_a_search_takes(tmp_path: Path) -> None:
+    path = tmp_path / "m.yaml"
+    path.write_text(
+        "version: 1\nname: m\ndefaults: {device: cpu, variant: tiny-hybrid, method: lora}\ntrain:\n"
+        "  - {seq_len: {from: 64, to: 2048, step: 64}, frontier: seq_len}\n  - {seq_len: 64, seed: 7, ladder: oom}\n"
+    )
+    text = printed(*terminal.plan(matrix.load(path)))
+    assert "searches take at most 6 runs for 32 cases; the rest are skips" in text
+    assert "1 case may climb a ladder" in text

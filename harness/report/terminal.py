@@ -225,7 +225,21 @@ def plan(loaded: Plan, only: str | None = None) -> list[RenderableType]:
     for name, skip in skips:
         found.append(Group(_safe(f"skip {name}", "dim"), _safe(f"     {skip.reason}", "dim")))
     total = f"{one_line(loaded.name)}: {plural(len(cases), 'case')} to measure, {plural(len(skips), 'skip')}"
-    return [*found, Text(total, style="bold")]
+    return [*found, *_beyond(loaded, set(cases)), Text(total, style="bold")]
+
+
+def _beyond(loaded: Plan, cases: set[str]) -> list[Text]:
+    """What searches leave of the cases, and how many may climb a ladder."""
+    sizes = [len(cases & set(search.case_ids)) for search in loaded.frontiers]
+    runs = sum(size.bit_length() for size in sizes)  # halving finds one of size + 1 answers
+    lines = []
+    if runs:
+        lines.append(
+            f"searches take at most {plural(runs, 'run')} for {plural(sum(sizes), 'case')}; the rest are skips"
+        )
+    if climbing := cases & loaded.ladders.keys():
+        lines.append(f"{plural(len(climbing), 'case')} may climb a ladder where memory or communication fails")
+    return [Text(line, style="cyan") for line in lines]
 
 
 # ---------------------------------------------------------------- a case

@@ -83,13 +83,28 @@ THREADS_TOGETHER = {"cpu": "1", "cuda": "8"}
 ACCELERATE_FILE = "accelerate.yaml"
 
 
-def group(cases: Iterable[Case]) -> list[tuple[Case, ...]]:
-    """Cases that one process serves together (equal but for their load), all others alone, in order of first sight."""
+def group(cases: Iterable[Case], share: bool = False) -> list[tuple[Case, ...]]:
+    """Cases that one process measures together, all others alone, in order of first sight.
+
+    Those that one server serves (equal but for their load) always; with `share` training cases of one process key too.
+    """
     groups: dict[str, list[Case]] = {}
     for case in cases:
         key = _serve_id(case) if isinstance(case, ServeCase) else case_id(case)
+        if share and isinstance(case, TrainCase):
+            key = process_key(case) or key
         groups.setdefault(key, []).append(case)
     return [tuple(found) for found in groups.values()]
+
+
+def process_key(case: TrainCase) -> str | None:
+    """Equal for cases that may follow each other in one process; `None` for one that needs a process of its own.
+
+    Ranks that talk to each other and allocators that are held to a cap do not start afresh within a process.
+    """
+    if case.devices > 1 or case.strategy != "none" or case.memory_cap_gib is not None:
+        return None
+    return f"shared-{case.variant}-{case.method}-{case.param_dtype}-{case.device}-{fingerprint(case.weights)}"
 
 
 def jobs(cases: tuple[Case, ...], attempt: int) -> tuple[Job, ...]:
@@ -98,11 +113,14 @@ def jobs(cases: tuple[Case, ...], attempt: int) -> tuple[Job, ...]:
     `attempt` counts from 1; a job's directory is `<job id>.<attempt>`, and a chain's second job finds the first by it.
     """
     first = cases[0]
+    together = [case for case in cases if isinstance(case, TrainCase)]
+    if len(together) > 1:
+        return (_shared_job(together),)
     if isinstance(first, TrainCase):
         return (_train_job(first, case_id(first), case_id(first), "none"),)
     if isinstance(first, ServeCase):
-        together = [(case_id(case), case) for case in cases if isinstance(case, ServeCase)]
-        return (_serve_job(together, _serve_id(first), _own_model(first)),)
+        loads = [(case_id(case), case) for case in cases if isinstance(case, ServeCase)]
+        return (_serve_job(loads, _serve_id(first), _own_model(first)),)
     if isinstance(first, ProbeCase):
         return (_probe_job(first),)
     return _chain_jobs(first, attempt)
@@ -140,6 +158,28 @@ def _train_job(case: TrainCase, job_id: str, named: str, keep: str) -> Job:
         files={} if by_torchrun(case) else {ACCELERATE_FILE: accelerate_config(case)},
         payload=payload,
     )
+
+
+def _shared_job(cases: Sequence[TrainCase]) -> Job:
+    """Training cases of one process key, one after the other in one process (`payload/shared.py`)."""
+    ids = tuple(case_id(case) for case in cases)
+    name = f"{process_key(cases[0])}-{fingerprint(ids)}"
+    alone = _train_job(cases[0], name, ids[0], "none")
+    payload: dict[str, JsonValue] = {
+        "job_id": name,
+        "role": "train",
+        "cases": [{"id": found, "case": case.model_dump(mode="json")} for found, case in zip(ids, cases, strict=True)],
+        "variant": alone.payload["variant"],
+    }
+    changes = {
+        "case_ids": ids,
+        "argv": tuple("harness.payload.shared" if word == "harness.payload.train" else word for word in alone.argv),
+        "mounts": tuple(dict.fromkeys(mount for case in cases for mount in _mounts(case.weights, case.data))),
+        "time_limit_s": sum(case.time_limit_s for case in cases),
+        "stall_s": max(case.stall_s for case in cases),
+        "payload": payload,
+    }
+    return alone.model_copy(update=changes)
 
 
 def _serve_job(cases: Sequence[tuple[str, ServeCase]], job_id: str, model: dict[str, JsonValue]) -> Job:

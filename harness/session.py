@@ -35,6 +35,8 @@ class Options:
     """Folders whose run directories' measured records stand for the same cases here."""
     host_memory_gib: float | None = None
     """What a job may use of the host's memory, in a box that can hold it to that."""
+    share_process: bool = False
+    """Cases of one process key follow each other in one process."""
 
 
 @dataclass
@@ -110,6 +112,8 @@ class Session:
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     """Bind the run directory to this plan and these environments; HarnessError where it holds numbers of others."""
+    if options.share_process and options.keep_artifacts:
+        raise HarnessError("--share-process cannot keep artifacts", "leave out one of it and --keep-artifacts")
     backend = backends.get(options.backend)
     box = _box(options, backend)
     if options.host_memory_gib is not None and box.name not in boxes.MEMORY_LIMITED:
@@ -263,7 +267,7 @@ def pending_work(session: Session) -> list[Work]:
             session.keep(skipped(schema.Skip(case=case, rule=why[0], reason=why[1])))
         elif schema.case_id(case) not in searched:
             todo.append(case)
-    return [work_for(session, cases) for cases in launch.group(todo)]
+    return [work_for(session, cases) for cases in launch.group(todo, session.options.share_process)]
 
 
 def _standing(session: Session, case: Case, elsewhere: evidence.Found, here: evidence.Place) -> Record | None:
@@ -287,13 +291,26 @@ def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]
 
 def lacking(session: Session, case: Case) -> tuple[str, str] | None:
     """The rule and the reason why this case cannot run here."""
-    for job in launch.jobs((case,), 1):
-        if reason := session.backend.lacking(job):
-            return "backend_cannot", reason
+    if reason := _refused(session.backend, case):
+        return "backend_cannot", reason
     gpus = len(session.slots) - 1
     if session.backend.at_once is None and case.device == "cuda" and case.devices > gpus:
         return "host_lacks_gpus", f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
     return None
+
+
+def _refused(backend: backends.Backend, case: Case) -> str | None:
+    return next((reason for job in launch.jobs((case,), 1) if (reason := backend.lacking(job))), None)
+
+
+def narrowed(plan: Plan, backend_name: str) -> Plan:
+    """The plan as that backend can run it: what it cannot give becomes a skip with the reason."""
+    backend = backends.get(backend_name)
+    reasons = {schema.case_id(case): _refused(backend, case) for case in plan.cases}
+    cases = tuple(case for case in plan.cases if not reasons[schema.case_id(case)])
+    skips = tuple(schema.Skip(case=case, rule="backend_cannot", reason=reason)
+                  for case in plan.cases if (reason := reasons[schema.case_id(case)]))  # fmt: skip
+    return plan.model_copy(update={"cases": cases, "skips": (*plan.skips, *skips)})
 
 
 def work_for(session: Session, cases: tuple[Case, ...]) -> Work:

@@ -265,6 +265,10 @@ class Run:
     def tidy(self, job_id: str, attempt: int) -> None:
         """After the record stands: drop an attempt's large artifacts and gzip its long event and sample files."""
         folder = self.job_dir(job_id, attempt)
+        for place in (folder, *folder.glob("cases/*")):
+            self._tidy(place)
+
+    def _tidy(self, folder: Path) -> None:
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
         for path in (*folder.glob("events.rank*.jsonl"), *folder.glob("gpu.samples.node*.jsonl")):
             if path.stat().st_size > PACK_OVER_BYTES:

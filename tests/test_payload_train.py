@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from harness import catalog, events, launch
-from harness.schema import TrainCase
+from harness.schema import TrainCase, case_id
 
 pytestmark = pytest.mark.payload
 
@@ -227,6 +227,33 @@ def test_experts_train_under_lora_and_are_quantized_under_qlora(runner: Runner) 
     assert 1 <= ran.one("eval")["expert_tokens_max_over_mean"] <= 4  # 8 experts, 2 of them for each token
     quantized = runner.good("moe-qlora", train_case(**moe, method="qlora")).one("proof")["quantization"]
     assert (quantized["experts_4bit"], quantized["plain_experts"]) == (4, 0)
+
+
+# ---------------------------------------------------------------- several cases in one process
+
+
+def test_cases_that_share_a_process_measure_what_each_measures_alone(runner: Runner) -> None:
+    cases = (train_case(seq_len=32), train_case(), train_case(lora_targets=("gate_proj",)), train_case(seq_len=96))
+    job = launch.jobs(cases, 1)[0]
+    job_dir = runner.folder / "shared"
+    job_dir.mkdir()
+    (job_dir / "job.json").write_text(json.dumps(job.payload))
+    ran = runner.call(job_dir, job.argv[1:], job.env)
+    assert ran.exit_code != 0  # the third fails, and what follows is left to a fresh process
+    first, warm, failed, left = (Ran(job_dir / "cases" / case_id(case), 0, "") for case in cases)
+    assert not left.job_dir.exists()
+    assert failed.one("error")["type"] == "TargetError"
+    assert not failed.of("step")
+    alone = runner.good("alone", cases[1])
+    same_steps(warm, alone)
+    assert warm.one("eval")["loss"] == alone.one("eval")["loss"]
+    assert warm.one("reload")["ok"] is True
+    assert [step["step_time_s"] is None for step in warm.of("step")] == [True, False, False, False]
+    assert [ran.one("start")["earlier_cases"] for ran in (first, warm, alone)] == [0, 1, 0]
+    assert {memory["peak_rss_bytes"] is None for memory in warm.of("memory")} == {True}
+    assert all(memory["peak_rss_bytes"] for memory in first.of("memory"))
+    assert not (warm.job_dir / "artifacts").exists()
+    assert len(ran.of("alive")) > 20
 
 
 # ---------------------------------------------------------------- two ranks

@@ -36,14 +36,18 @@ def plan(
     command: Annotated[
         str | None, typer.Option("--command", help="Print the exact command line of the case of this id (or pattern).")
     ] = None,
+    backend: Backend = "local",
+    site: Site = None,
     box: Box = "venv",
     as_json: Json = False,
 ) -> None:
     """Show what a matrix would run, and what it skips and why."""
     from harness import matrix as matrices
-    from harness import pipeline
+    from harness import pipeline, session
 
     loaded = matrices.load(matrix)
+    if site is not None:
+        loaded = session.narrowed(loaded, placed(backend, site, Path("runs"))[0])
     if command is not None:
         commands = pipeline.commands(loaded, command, box)
         if as_json:

@@ -26,6 +26,7 @@ from harness.observe.versions import odd_ranks
 from harness.schema import (
     Case,
     ChainCase,
+    GpuSeries,
     Observation,
     ProbeCase,
     RankObservation,
@@ -48,6 +49,8 @@ MAX_PROBLEMS = 20
 MAX_ERRORS = 16
 MAX_ERROR_CHARS = 24_000
 MAX_RANK = 65_535
+WARM = ("Measured in a process that had measured other cases before: what the allocator reserves, what the GPU has in "
+        "use in all, and the first step's time are left out.")  # fmt: skip
 
 # ---------------------------------------------------------------- files
 
@@ -154,6 +157,14 @@ def _train(seen: Seen, warmup_steps: int) -> TrainObservation | None:
     )
 
 
+def _cold(gpu: GpuSeries, train: Seen) -> GpuSeries:
+    """The series of a GPU, without its memory where cases before may have left some of it in use."""
+    if not train.facts.get("earlier_cases"):
+        return gpu
+    unknown = (None,) * len(gpu.memory_used_bytes)
+    return gpu.model_copy(update={"memory_used_bytes": unknown, "memory_first_bytes": None, "memory_max_bytes": None})
+
+
 def _serve(seen: Seen, ids: set[str]) -> ServeObservation | None:
     """The serving half, with the load point and smoke test of the case that has one of `ids`."""
     if not seen.ranks:
@@ -204,6 +215,7 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
     watched = (telemetry.read("train", job_dirs[:first], _steady_window(train, warmup_steps), rows),
                telemetry.read("serve", job_dirs[first:], _load_window(serve, ids), rows))  # fmt: skip
     said = [note for one in watched for note in one.notes]
+    said += [WARM] if train.facts.get("earlier_cases") else []
     return Observation(
         ranks=ranks,
         train=None if probing else _train(train, warmup_steps),
@@ -214,6 +226,6 @@ def observe(case: Case, job_dirs: Sequence[Path]) -> Observation:
         libraries={**serve.libraries, **train.libraries},
         odd_ranks=odd_ranks(train),
         problems=(*_problems(halves), *(problem for one in watched for problem in one.problems)),
-        gpus=tuple(gpu for one in watched for gpu in one.gpus),
+        gpus=tuple(_cold(gpu, train) for one in watched for gpu in one.gpus),
         nccl=nccl.read(job_dirs),
     )

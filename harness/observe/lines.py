@@ -93,6 +93,7 @@ def _start(seen: Seen, rank: RankSeen, event: Json) -> None:
         "baseline_rss_bytes": count(event.get("baseline_rss_bytes")),
         "versions_sha256": text(event.get("versions_sha256"), 80),
     }
+    seen.fact("earlier_cases", count(event.get("earlier_cases")))
     for name, version in list(mapping(event.get("libraries")).items())[:MAX_LIBRARIES]:
         if isinstance(name, str) and isinstance(version, str):
             rank.libraries[text(name, 80) or ""] = text(version, 80) or ""

@@ -52,6 +52,7 @@ class Live(Frozen):
 
 def peek(job_dir: Path) -> Live:
     """What the last few kB of each rank's event file in `job_dir` say; an empty `Live` where there is nothing."""
+    job_dir = _present(job_dir)
     job = _job(job_dir)
     serving = job.get("role") == "serve"
     paths = events.files(str(job_dir)).values()
@@ -74,6 +75,12 @@ def peek(job_dir: Path) -> Live:
         ended=any(event["kind"] == "end" for tail in tails for event in tail),
         gpus=_gpus(job_dir),
     )
+
+
+def _present(job_dir: Path) -> Path:
+    """The directory of the case that a shared process (`payload/shared.py`) is at, else the job's own."""
+    cases = [(path.stat().st_mtime, path) for path in job_dir.glob("cases/*/job.json")]
+    return max(cases)[1].parent if cases else job_dir
 
 
 def _gpus(job_dir: Path) -> tuple[LiveGpu, ...]:

@@ -20,6 +20,10 @@ GROWTH = 1.01
 """A phase that comes back every step is written again only where its peak grew by more than this factor."""
 
 
+COLD_ONLY: dict[str, int | None] = {"peak_reserved_bytes": None, "device_used_bytes": None, "peak_rss_bytes": None}
+"""What a process with a past does not say of a case."""
+
+
 def rss_bytes(key: str = "VmRSS") -> int | None:
     """This process's resident set now (`VmRSS`) or its peak (`VmHWM`); None where /proc does not say."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
@@ -30,10 +34,14 @@ def rss_bytes(key: str = "VmRSS") -> int | None:
 
 
 class MemoryMeter:
-    """Peaks since the last restart, kept as a maximum per phase."""
+    """Peaks since the last restart, kept as a maximum per phase.
 
-    def __init__(self, journal: Journal, device: str, cap: MemoryCap | None = None) -> None:
-        self._journal, self.cap = journal, cap
+    In a `warm` process, which has measured other cases before, only what PyTorch has allocated says something of this
+    case: what its allocator reserves, and what the device has in use, depend on the cases before.
+    """
+
+    def __init__(self, journal: Journal, device: str, cap: MemoryCap | None = None, warm: bool = False) -> None:
+        self._journal, self.cap, self.warm = journal, cap, warm
         self._cuda = device.startswith("cuda")
         self._kept: dict[str, dict[str, int | None]] = {}
 
@@ -64,7 +72,7 @@ class MemoryMeter:
             found["peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
             found["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
             found["device_used_bytes"] = total - free
-        return found
+        return {**found, **COLD_ONLY} if self.warm else found
 
 
 class StepMeter:
@@ -138,8 +146,10 @@ class StepMeter:
     def write(self, step: int, grad_norm: float, learning_rate: float) -> None:
         """Write the step's event; raises Nonfinite at a NaN or infinity, after naming it in an event of its own."""
         loss = self._loss.item() * self._own_share
+        # In a warm process the kernels of the first step are compiled already: its time would say so of no other run.
+        lasted = None if self._memory.warm and step == 1 else self._end - self._start
         self._journal.write("step", step=step, warmup=step <= self._warmup_steps, start=self._wall,
-                            step_time_s=self._end - self._start, data_wait_s=self._data_wait_s,
+                            step_time_s=lasted, data_wait_s=self._data_wait_s,
                             before_collective_s=self._before_collective_s, tokens=self._tokens,
                             padded_tokens=self._padded_tokens, loss=loss, grad_norm=grad_norm,
                             learning_rate=learning_rate)  # fmt: skip

@@ -22,6 +22,10 @@ class Parsers:
     tool_plugin: str | None = None
 
 
+IN_THE_IMAGE = Path("/opt/harness/parsers")
+"""Plugins that a container of ours has, for checkpoints that bring none."""
+
+
 def parsers_for(variant: dict[str, Any], weights: str, known: dict[str, set[str]], folder: Path) -> Parsers:
     """The variant's parsers, as far as `known` (kind -> names built into vLLM) or a plugin in `folder` has them.
 
@@ -38,13 +42,18 @@ def parsers_for(variant: dict[str, Any], weights: str, known: dict[str, set[str]
     notes = []
     for kind, name in wanted.items():
         plugin = serving.get(f"{kind}_parser_plugin")
+        file = _file(plugin, folder) if plugin else None
         if name in known[kind]:
             found[kind] = name
-        elif plugin and (folder / plugin).is_file():
-            found |= {kind: serving.get(f"{kind}_parser_with_plugin") or name, f"{kind}_plugin": str(folder / plugin)}
+        elif file:
+            found |= {kind: serving.get(f"{kind}_parser_with_plugin") or name, f"{kind}_plugin": str(file)}
         else:
             notes.append(_missing(kind, name, plugin, variant["checkpoint"], folder))
     return Parsers(**found, notes=tuple(notes))
+
+
+def _file(plugin: str, folder: Path) -> Path | None:
+    return next((place / plugin for place in (folder, IN_THE_IMAGE) if (place / plugin).is_file()), None)
 
 
 def _missing(kind: str, name: str, plugin: str | None, checkpoint: str, folder: Path) -> str:

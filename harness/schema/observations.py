@@ -90,6 +90,8 @@ class TrainObservation(Frozen):
     reload_ok: bool | None = None
     reload_max_abs_logit_difference: float | None = None
     nonfinite: Nonfinite | None = None
+    earlier_cases: int = 0
+    """Cases that this process had measured before: after any, the record leaves out what only a fresh process says."""
     merge_s: float | None = None
     merge_peak_rss_bytes: int | None = None
 

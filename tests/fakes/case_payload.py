@@ -5,6 +5,7 @@ Every number is invented. The variable FAKE, a JSON object, changes the defaults
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from harness.events import EventLog
 DEFAULTS: dict[str, Any] = {
     "step_s": 0.0,
     "fail_at_step": None,  # raises, as a mistake in the case would
+    "come_to": None,  # of cases that share its process, as many
     "lose": False,  # its supervisor is killed at the first step
     "helper": False,  # starts a child in a session of its own, which outlives it
     "write_bytes": 0,  # into a file, at the first step
@@ -50,6 +52,14 @@ def train(job: dict[str, Any], case: dict[str, Any]) -> None:
         logs[0].write("merge", duration_s=0.1, peak_rss_bytes=10, path="artifacts/merged")
     for log in logs:
         log.write("end", ok=True)
+
+
+def share(job: dict[str, Any]) -> None:
+    """Training cases one after the other, each in a directory of its own, as `payload/shared.py` does it."""
+    for item in job["cases"][: FAKE["come_to"]]:
+        os.makedirs(f"cases/{item['id']}/artifacts")
+        with contextlib.chdir(f"cases/{item['id']}"):
+            train({"keep": "none"}, item["case"])
 
 
 def serve(job: dict[str, Any]) -> None:
@@ -92,7 +102,12 @@ def main() -> None:
         job = json.load(file)
     with open("used.json", "w") as file:
         json.dump({"begin": time.time(), "devices": os.environ.get("CUDA_VISIBLE_DEVICES", "")}, file)
-    train(job, job["case"]) if job["role"] == "train" else serve(job)
+    if job["role"] == "serve":
+        serve(job)
+    elif "cases" in job:
+        share(job)
+    else:
+        train(job, job["case"])
 
 
 if __name__ == "__main__":

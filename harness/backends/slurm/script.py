@@ -193,6 +193,7 @@ if [ "${1:-}" = on-node ]; then
     for pid in $launcher $all; do kill -KILL "$pid" 2>/dev/null; done
   }
 
+  {address}
   {launcher} </dev/null &
   launcher=$!
   trap ': >ending.$node' TERM
@@ -212,7 +213,10 @@ fi
 def _on_node(order: Order) -> str:
     alone = order.site.scratch and order.job.nodes > 1  # else the batch script still has artifacts to copy from it
     tidy = 'rm -rf "$scratch"' if alone else ":"
-    return ON_NODE.replace("{launcher}", launcher(order.argv)).replace("{tidy}", tidy)
+    by_ip = order.site.head_address == "ip" and order.job.nodes > 1
+    address = "export PET_LOCAL_ADDR=$(hostname -I | cut -d' ' -f1) # how torchrun names this node to the others"
+    words = {"{launcher}": launcher(order.argv), "{tidy}": tidy, "{address}": address if by_ip else ":"}
+    return re.sub("|".join(map(re.escape, words)), lambda found: words[found[0]], ON_NODE)
 
 
 BATCH = r"""

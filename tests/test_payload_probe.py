@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness import launch, observe, pipeline, triage
+from harness import events, launch, observe, pipeline, triage
 from harness.schema import Observation, Outcome, ProbeCase
 from harness.session import Options
 from harness.summary.probes import summarize_probe
@@ -38,7 +40,7 @@ class Runner:
     def __init__(self, python: Path, folder: Path) -> None:
         self._python, self._folder = python, folder
 
-    def run(self, name: str, **fields: Any) -> Ran:
+    def run(self, name: str, during: Callable[[Path], None] = lambda folder: None, **fields: Any) -> Ran:
         case = ProbeCase(**({"device": "cpu", "sizes_bytes": (1024, 2**20), "iterations": 5, "stall_s": 30.0} | fields))
         (job,) = launch.jobs((case,), 1)
         folder = self._folder / name
@@ -46,10 +48,12 @@ class Runner:
         (folder / "job.json").write_text(json.dumps(job.payload))
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **job.env}
         began = time.time()
-        done = subprocess.run([str(self._python), *job.argv[1:]], cwd=folder, env=env, timeout=120, check=False,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        (folder / "stdout.log").write_bytes(done.stdout)
-        outcome = Outcome(exit_code=done.returncode, start=began, end=time.time())
+        with (folder / "stdout.log").open("wb") as output:
+            job_ = subprocess.Popen([str(self._python), *job.argv[1:]], cwd=folder, env=env, stdout=output,
+                                    stderr=subprocess.STDOUT)  # fmt: skip
+            during(folder)
+            code = job_.wait(timeout=120)
+        outcome = Outcome(exit_code=code, start=began, end=time.time())
         return Ran(case, outcome, observe.observe(case, [folder]), observe.log_text([folder]))
 
 
@@ -113,6 +117,26 @@ def test_the_element_that_is_furthest_off_is_stated(environments: Path, tmp_path
     assert seen.probe is not None
     assert [(one.name, one.ok, one.found, one.expected) for one in seen.probe.checks] == [
         ("same", True, 0.0, 0.0), ("other", False, 7.5, 5.0), ("nan", False, None, 2.0)]  # fmt: skip
+
+
+def kill_rank_1_as_it_measures(folder: Path) -> None:
+    path, deadline = Path(events.file_of(str(folder), 1)), time.monotonic() + 60
+    while time.monotonic() < deadline:
+        lines = [event for _, event in events.read(str(path)) if event] if path.exists() else []
+        if any(event["kind"] == "collective" for event in lines):
+            os.kill(next(event["pid"] for event in lines if event["kind"] == "start"), signal.SIGKILL)
+            return
+        time.sleep(0.05)
+    raise AssertionError("rank 1 never measured")
+
+
+def test_a_rank_that_dies_is_named(runner: Runner) -> None:
+    ran = runner.run("killed", kill_rank_1_as_it_measures, sizes_bytes=(1024, 2**26), iterations=500)
+    diagnosis = triage.diagnose(ran.case, [ran.outcome], ran.seen, ran.log)
+    assert diagnosis is not None
+    assert (diagnosis.failure_class, diagnosis.phase) == ("peer_lost", "measure")
+    assert diagnosis.culprit is not None
+    assert diagnosis.culprit.rank == 1
 
 
 LADDER = """

@@ -107,6 +107,12 @@ def training_of(case: Case) -> TrainCase | None:
     return case.train if isinstance(case, ChainCase) else case if isinstance(case, TrainCase) else None
 
 
+def ranks_of(case: Case) -> int:
+    """Ranks of a training case, a chain's training or a probe; none of a server."""
+    train = training_of(case)
+    return case.devices if isinstance(case, ProbeCase) else train.devices if train else 0
+
+
 def serving_of(case: Case) -> ServeCase | None:
     """The serving half of a case."""
     return case.serve if isinstance(case, ChainCase) else case if isinstance(case, ServeCase) else None

@@ -15,7 +15,7 @@ from harness.logs import split
 from harness.schema import Case, ClaimStatus, Culprit, Diagnosis, Evidence, Nonfinite, Observation, Outcome
 from harness.triage import advice
 from harness.triage.hits import QUOTE_CHARS, Hit, in_events, in_log
-from harness.triage.missing import missing, training_of
+from harness.triage.missing import missing, ranks_of
 from harness.triage.signature import signatures
 from harness.triage.tables import Failed, launcher_table
 
@@ -188,8 +188,7 @@ def _killed_rank(facts: Facts) -> Diagnosis | None:
     if facts.signal != SIGKILL:
         return _crash(facts)
     rank = facts.table.rank if facts.table else None
-    train = training_of(facts.case)
-    if train and train.devices > 1 and rank is not None:
+    if ranks_of(facts.case) > 1 and rank is not None:
         sentence = f"Rank {rank} was killed (SIGKILL) and left no reason; the other ranks lost their peer."
         return _plain(facts, "peer_lost", sentence, _next_of("peer_lost", facts), "established",
                       culprit=_culprit(facts, rank), cause="unknown")  # fmt: skip
@@ -349,7 +348,7 @@ def _blamed(facts: Facts, hit: Hit, same_role: Sequence[Hit]) -> int | None:
     """The rank that began it: none where all report the same, where it is no rank's doing, or where none is named."""
     if hit.rank is None or hit.role != "initiating" or (hit.signature and hit.signature.culprit == "none"):
         return None
-    if not training_of(facts.case) or hit.phase in SERVER_PHASES:
+    if not ranks_of(facts.case) or hit.phase in SERVER_PHASES:
         return None
     ranks = Counter(other.rank for other in same_role if other.failure_class == hit.failure_class)
     world = len(facts.observation.ranks)

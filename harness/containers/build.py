@@ -152,7 +152,7 @@ def _build(
     _have_bases(client, bases, root, say)
     locks = [Path(lock) for lock in (found.lock, *found.build_locks)]
     houses = tuple(wheelhouse.gather(lock, root / ".wheels", say) for lock in locks)
-    lock_digest, revision = requirements.digest(locks[0]), _revision(root)
+    lock_digest, revision = requirements.digest(locks[0]), revision_of(root)
     arguments = {
         "BASE": bases.base,
         "BUILD_BASE": bases.build_base,
@@ -174,7 +174,7 @@ def _build(
         lock=lock_digest,
         built=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         source_revision=revision,
-        versions=inside.libraries,
+        versions={"python": inside.python} | inside.libraries,
         cuda=inside.cuda,
         oldest_driver=catalog.oldest_driver(inside.cuda),
         size_bytes=size,
@@ -224,7 +224,7 @@ def _ask(client: DockerClient, tar: Any, arguments: dict[str, str], tag: str, sa
     return image_id
 
 
-def _revision(root: Path) -> str:
+def revision_of(root: Path) -> str:
     """The checkout's commit, `-dirty` behind it where tracked files of the images differ from it."""
     commit = _git(root, "rev-parse", "HEAD") or "unknown"
     return f"{commit}-dirty" if _git(root, "status", "--porcelain", "--", "images", ":!images/images.lock") else commit

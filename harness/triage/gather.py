@@ -299,7 +299,7 @@ class Gatherer:
 
     def _mark(self, number: int, text: str, speaker: words.Who) -> None:
         facts = self.facts
-        if found := self._asked("mark", words.MARK, text):
+        if found := self._last_mark(text):
             step = int(found["step"] or found["bar"])
             if whole := words.TOTAL.search(text, found.start()):
                 facts.total = (int(whole["step"]), int(whole["of"]))
@@ -310,6 +310,13 @@ class Gatherer:
             said = _HEAD.sub("", text)
             of_rank = facts.sized.setdefault(NUMBER.sub("#", said), {})
             of_rank.setdefault(speaker.rank, (tuple(NUMBER.findall(said)), number, text[:QUOTE_CHARS]))
+
+    def _last_mark(self, text: str) -> re.Match[str] | None:
+        """The first mark of a line; of progress bars, which may share a line, the last."""
+        found = self._asked("mark", words.MARK, text)
+        if found is None or not found["bar"]:
+            return found
+        return next(reversed([one for one in words.MARK.finditer(text) if one["bar"]]))
 
     def _works(self, text: str, speaker: words.Who) -> None:
         if speaker.rank is None or "work" not in self._may:

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     except NotPrepared as problem:
         return _say(skipped=str(problem))
     _gather()
-    return _say(exit_code=code, seconds=round(time.monotonic() - began, 1))
+    return _say(exit_code=code, seconds=round(time.monotonic() - began, 1), host=socket.gethostname())
 
 
 class NotPrepared(Exception):

@@ -396,6 +396,8 @@ CROWDED = (
         ("Process 7 has 137.00 GiB memory in use. Process 9 has 1.60 GiB memory in use. ", "1.10", "contention"),
         ("", "1.10", "contention"),
         ("", "137.00", "forward"),
+        ("Including non-PyTorch memory, this process has 1.60 GiB memory in use. ", "1.10", "contention"),
+        ("Including non-PyTorch memory, this process has 138.00 GiB memory in use. ", "137.00", "forward"),
         ("Process 7 has 138.00 GiB memory in use. ", "137.00", "forward"),
     ],
 )

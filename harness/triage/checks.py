@@ -61,6 +61,8 @@ def unaccounted(text: str) -> float:
     old, total, free = _OLD.search(text), _TOTAL.search(text), _FREE.search(text)
     if old:
         size, _, left, reserved = (_gib(*old.groups()[at : at + 2]) for at in (0, 2, 4, 6))
+    elif total and free and (own := _OWN.search(text)) and not _OTHERS.search(text):
+        size, left, reserved = _gib(*total.groups()), _gib(*free.groups()), _gib(*own.groups())
     elif total and free and _BY_TORCH.search(text) and "memory in use" not in text:
         size, left = _gib(*total.groups()), _gib(*free.groups())
         reserved = sum(_gib(*found.groups()) for form in (_BY_TORCH, _UNUSED) if (found := form.search(text)))

@@ -253,10 +253,12 @@ def accounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     """A second cluster, with slurmdbd over MariaDB, whose queue forgets a job soon after its end."""
     variables = {"HARNESS_SLURM_DIR": f"/var/tmp/harness-slurm-{os.getpid()}", "HARNESS_SLURM_PORT": "17700",
                  "HARNESS_SLURM_MIN_JOB_AGE": "2"}  # fmt: skip
-    tool("start", "--accounting", **variables)
-    yield variables
-    tool("stop", **variables)
-    subprocess.run(["rm", "-rf", variables["HARNESS_SLURM_DIR"]], check=True)
+    try:
+        tool("start", "--accounting", **variables)
+        yield variables
+    finally:
+        tool("stop", **variables)
+        subprocess.run(["rm", "-rf", variables["HARNESS_SLURM_DIR"]], check=True)
 
 
 def test_accounting_tells_what_the_queue_has_forgotten(

@@ -77,8 +77,12 @@ def _searched(session_: Session, search: Frontier) -> AnyCase | None:
 
 
 def _standing(session_: Session, search: Frontier) -> dict[str, Record]:
-    """The records of this run's cases that count, by id."""
-    return {name: session_.done[name] for name in search.case_ids if name in session_.done}
+    """The records of this run's cases that count, by id; one made before the search was asked for now belongs to it."""
+    found = {name: session_.done[name] for name in search.case_ids if name in session_.done}
+    for record in found.values():
+        if record.frontier != search.axis:
+            session_.keep(record.model_copy(update={"frontier": search.axis}))
+    return {name: session_.done[name] for name in found}
 
 
 def _skip(session_: Session, case: AnyCase, rule: str, reason: str, axis: str) -> None:

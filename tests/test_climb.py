@@ -14,7 +14,7 @@ import pytest
 from fakes import stub_box
 from fakes.stub_run import MATRIX, Bench, failure, status
 
-from harness import boxes, host, pipeline, store
+from harness import boxes, frontier, host, pipeline, store
 from harness.schema import Gpu, Record, TrainCase
 from harness.session import Options
 
@@ -260,6 +260,16 @@ def test_a_search_goes_on_where_it_was_and_ends(bench: Bench) -> None:
     bench.run(SEARCH)
     assert (bench.stamps(), bench.attempts()) == before
     assert sum(bench.attempts().values()) <= 6
+
+
+def test_what_was_measured_before_the_search_was_asked_for_belongs_to_it(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 700})]
+    bench.run(SEARCH.replace("{from: 64, to: 1024, step: 64}, frontier: seq_len", "[640, 704]"))
+    result = bench.run(SEARCH)
+    assert list(bench.attempts().values()) == [1, 1]
+    (search,) = frontier.searches(result.records)
+    assert len(search.points) == 16
+    assert (search.fits and search.fits.value, search.fails and search.fails.value) == (640, 704)
 
 
 @pytest.mark.parametrize(("room", "largest"), [(10, None), (10_000, 1024)])

@@ -15,6 +15,7 @@ from harness.schema import (
     AnyCase,
     ChainCase,
     Diagnosis,
+    Evidence,
     LadderAsked,
     LadderEnd,
     ServeCase,
@@ -137,6 +138,22 @@ def test_a_server_s_cache_asks_for_shorter_requests_first() -> None:
     found = climb(case, "serve_kv_cache")
     assert names(found)[:5] == ["max_model_len"] * 4 + ["utilization_up"]
     assert found[3].case.max_model_len == 8192
+
+
+def test_a_length_that_the_server_names_is_taken() -> None:
+    said = (
+        "ValueError: To serve at least one request with the model's max seq len (131072), (8.03 GiB KV cache is needed,"
+        " which is larger than the available KV cache memory (1.53 GiB). Based on the available memory, the estimated "
+        "maximum model length is 24928. Try increasing `gpu_memory_utilization`."
+    )
+    quote = Evidence(file="server.log", line=9, text=said, role="initiating")
+    diagnosis = failed("serve_kv_cache", "start_server").model_copy(update={"evidence": (quote,)})
+    for need, expected in ((1000, 24928), (30000, 30128)):
+        case = ServeCase(variant="nano-9b-v2", max_model_len=131072, input_len=need, output_len=128)
+        answer = triage.next_rung([triage.Tried(case, None, diagnosis)], OOM, ROOMY, obstacle)
+        assert isinstance(answer, triage.Next)
+        assert isinstance(answer.case, ServeCase)
+        assert answer.case.max_model_len == expected
 
 
 def test_the_load_is_never_made_impossible() -> None:

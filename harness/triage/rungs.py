@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import catalog
 from harness.schema import Diagnosis, ProbeCase, ServeCase, TrainCase
+from harness.triage.numbers import FORMS
 
 LEAST_SEQ_LEN = 16
 """Our own floor: below it nothing of a conversation is left."""
@@ -157,11 +158,17 @@ def activation_checkpointing(case: TrainCase, means: Means) -> TrainCase | str:
 
 
 def max_model_len(case: ServeCase, means: Means) -> ServeCase | str:
-    """Half the greatest length, but no less than the load asks for."""
-    shorter = max(case.max_model_len // 2, case.input_len + case.output_len, LEAST_MODEL_LEN)
+    """The length that the server itself says would fit, else half of what was asked; no less than the load needs."""
+    shorter = max(_named_length(case, means), case.input_len + case.output_len, LEAST_MODEL_LEN)
     if shorter >= case.max_model_len:
         return f"the load's {case.input_len + case.output_len} tokens a request need max_model_len {case.max_model_len}"
     return case.model_copy(update={"max_model_len": shorter})
+
+
+def _named_length(case: ServeCase, means: Means) -> int:
+    quotes = means.diagnosis.evidence if means.diagnosis else ()
+    named = [int(found[1]) for quote in quotes if (found := FORMS["fitting_max_model_len"].search(quote.text))]
+    return next((length for length in named if length < case.max_model_len), case.max_model_len // 2)
 
 
 def max_num_seqs(case: ServeCase, means: Means) -> ServeCase | str:

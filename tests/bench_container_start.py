@@ -19,7 +19,7 @@ from harness.schema import Job
 
 BUDGET_S = 1.5
 ROUNDS = 10
-JOBS = {"nothing": "pass", "import torch": "import torch", "import trl": "import trl"}
+JOBS = {"nothing": "pass", "import torch": "import torch", "the imports of training": "from trl import SFTTrainer"}
 """What the payload does, by the name it has here: with no work, and with the imports of a real one."""
 
 

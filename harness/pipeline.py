@@ -30,6 +30,8 @@ from harness.session import (
 )
 
 POLL_S = 0.25
+SUBMIT_A_ROUND = 3
+"""Most jobs given to a scheduler between two looks at it: at a look in 2 s, 1.5 submissions a second."""
 MAX_LOST = 2
 """How often one run starts a job again that ended without a word of its own, before that is its result."""
 MAX_EARLIER = 8
@@ -144,7 +146,7 @@ def _work_through(session: Session, waiting: list[Work], watch: Callable[[Progre
             ended = session.backend.poll([work.at_work for work in active if work.at_work])
             for work in [work for work in active if work.over or work.job.id in ended]:
                 _advance(session, work, waiting, active)
-            if session.backend.by_hand and active and not ended:
+            if session.backend.by_hand and active and not (ended or waiting):
                 break
             watch(_progress(session, active))
             time.sleep(max(POLL_S, session.backend.pause_s) if active else 0)
@@ -154,14 +156,17 @@ def _work_through(session: Session, waiting: list[Work], watch: Callable[[Progre
 
 
 def _start_what_fits(session: Session, waiting: list[Work], active: list[Work]) -> None:
-    for work in list(waiting):
+    """Start what has room; first of all what an earlier harness left at work, which has its place already."""
+    submitted = 0
+    for work in sorted(waiting, key=lambda work: work.at_work is None):
         devices = _slots(session, work, len(active))
-        if devices is not None:
+        if devices is not None and not (session.backend.at_once and submitted >= SUBMIT_A_ROUND):
             waiting.remove(work)
             active.append(work)
             session.free -= devices
             work.devices, work.started_at = devices, time.time()
             if not work.over and not work.at_work:
+                submitted += 1
                 _submit(session, work)
 
 

@@ -42,6 +42,8 @@ def placed(backend: str, site: str | None, runs: Path) -> tuple[str, Path]:
         return backend, runs
     if backend not in backends.OF_A_SITE:
         raise HarnessError(f"--site means nothing to --backend {backend}", "say `--backend slurm --site NAME`")
+    # A run directory remembers its backend, and is cancelled from another folder as well.
+    site = str(Path(site).absolute()) if Path(site).is_file() else site
     shared = backends.shared_runs(f"{backend}:{site}")
     return f"{backend}:{site}", shared if runs == Path("runs") and backend == "slurm" else runs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,6 +13,11 @@ from typing import Any
 from harness.events import EventLog
 
 TRACEBACK_CHARACTERS = 6000
+
+
+def host_name() -> str:
+    """This host, by the name that a scheduler knows it by, where there is one."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 class NotAsRequested(Exception):

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -21,7 +20,7 @@ from typing import Any
 
 from harness.events import EventLog
 from harness.payload import interfaces
-from harness.payload.journal import Journal
+from harness.payload.journal import Journal, host_name
 
 WARMUP = 5
 SLOW_S = 1.0
@@ -89,7 +88,7 @@ def join(case: dict[str, Any], journal: Journal, world_size: int) -> str:
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     journal.write("start", rank=journal.rank, world_size=world_size, local_rank=local_rank, pid=os.getpid(),
-                  host=socket.gethostname(), python=platform.python_version(),
+                  host=host_name(), python=platform.python_version(),
                   libraries={"torch": torch.__version__}, device=describe(device))  # fmt: skip
     backend = "gloo" if device == "cpu" else "nccl"
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_SHARE * case["stall_s"]),

@@ -13,7 +13,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from typing import Any
 
 from harness.events import EventLog
 from harness.payload import adapters, bench, client, parsers, processes, sampler, server, serverlog, smoke
+from harness.payload.journal import host_name
 from harness.payload.session import BenchmarkFailed, Ended, Ending, Failed, ModelMissing, Session, SmokeFailed
 
 LIBRARIES = (
@@ -101,7 +101,7 @@ def _finish(session: Session) -> int:
 def _start(device: str) -> dict[str, Any]:
     """The fields of the `start` event."""
     return {
-        "rank": 0, "world_size": 1, "local_rank": 0, "pid": os.getpid(), "host": socket.gethostname(),
+        "rank": 0, "world_size": 1, "local_rank": 0, "pid": os.getpid(), "host": host_name(),
         "python": platform.python_version(), "libraries": server.library_versions(LIBRARIES),
         "device": _gpu() if device == "cuda" else _cpu(), "baseline_rss_bytes": None,
     }  # fmt: skip

@@ -422,3 +422,22 @@ def test_the_optimizers_own_frame_says_that_it_was_the_optimizer(tmp_path: Path)
     body = "".join(f'  File "/x/{file}", line 7, in {name}\n    do()\n' for file, name in frames)
     found = of(tmp_path, log=f"Traceback (most recent call last):\n{body}{OOM.format(gpu=0)}")
     assert found.failure_class == "oom_gpu_optimizer"
+
+
+WATCHDOG = (
+    "[rank{rank}]:[E1122 03:09:58.0 ProcessGroupNCCL.cpp:697] [Rank {rank}] Watchdog caught collective operation "
+    "timeout: WorkNCCL(SeqNum=4, OpType={what}, NumelIn={size}, NumelOut={size}, Timeout(ms)=6000) ran for 6001 "
+    "milliseconds before timing out.\nterminate called after throwing an instance of 'c10::DistBackendError'\n"
+    "Fatal Python error: Aborted"
+)
+
+
+def test_an_abort_after_a_time_out_is_no_crash_of_its_own(tmp_path: Path) -> None:
+    waited = WATCHDOG.format(rank=0, what="ALLREDUCE", size=1024)
+    found = of(tmp_path, log=f"{waited}\n{TABLE.format(other=72, listed=72)}")
+    assert (found.failure_class, found.culprit and found.culprit.rank) == ("coll_timeout", 1)
+    other = WATCHDOG.format(rank=1, what="ALLREDUCE", size=2048)
+    (tmp_path / "log").write_text(f"{waited}\n{other}")
+    assert triage([tmp_path]).failure_class == "coll_mismatch"
+    (tmp_path / "log").write_text("[rank0]: step 3/9\nFatal Python error: Aborted")
+    assert triage([tmp_path]).failure_class == "app_exception"

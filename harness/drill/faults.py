@@ -91,6 +91,7 @@ class Fault(Frozen):
     needs: tuple[str, ...] = ()
     limit_s: float = 40.0
     off: Shown | None = None
+    shown: Shown | None = None
     alone: bool = False
     quick: bool = False
 

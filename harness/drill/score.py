@@ -56,7 +56,7 @@ class Drilled(Frozen):
 
 def truth_of(fault: Fault, debug: bool) -> Truth:
     """What is to be seen in the log that `fault` leaves, with the debug variables or without."""
-    best = None if debug else fault.off
+    best = fault.shown or (None if debug else fault.off)
     return Truth(
         fault=fault.name,
         done=fault.done,

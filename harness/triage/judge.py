@@ -22,7 +22,7 @@ MAX_EVIDENCE = 8
 MAX_TIMELINE = 24
 CHAINED_LINES = 150
 """An exception that no signature knows, this close before one that is known, belongs to it."""
-_HARD_CRASH = ("egmentation fault", "SIGSEGV", "-11", "139", "signal 11", "Fatal Python error")
+_HARD_CRASH = ("egmentation fault", "SIGSEGV", "-11", "139", "signal 11", "error: Bus", "error: Illegal")
 
 
 @dataclass(frozen=True)

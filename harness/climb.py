@@ -141,9 +141,8 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
     if not asked or not _counts(record) or chain[0].status != "failed":
         return None
     tried = [_tried(one) for one in chain]
-    answer = triage.next_rung(
-        tried, asked, _means(session_, record.case), lambda case: obstacle(case) or session.lacking(session_, case)
-    )
+    means = _means(session_, record.case)
+    answer = triage.next_rung(tried, asked, means, lambda case: _obstacle(session_, case))
     if isinstance(answer, triage.Next):
         answer = _elsewhere(session_, record, answer) or answer
     _note_end(session_, record, answer if isinstance(answer, LadderEnd) else None)
@@ -152,6 +151,13 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
         return None
     session_.added[case_id(answer.case)] = (record.case_id, answer.rung)
     return _within(answer.case, asked.minutes * 60 - sum(one.seconds for one in tried[1:]))
+
+
+def _obstacle(session_: Session, case: AnyCase) -> tuple[str, str] | None:
+    """Why a rung's case cannot run here: by the rules, for want of devices, or because it was never recorded."""
+    if session_.recorded and not all(session_.recorded.attempts(job.id) for job in launch.jobs((case,), 1)):
+        return "not_recorded", "the recording that is played has no such case"
+    return obstacle(case) or session.lacking(session_, case)
 
 
 def _tried(record: Record) -> triage.Tried:

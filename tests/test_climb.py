@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,24 @@ def test_a_case_that_fails_otherwise_has_no_ladder(bench: Bench) -> None:
     assert record.ladder_end.reason == "app_exception is not what the oom ladder answers"
 
 
+def test_a_recorded_ladder_plays_again_and_one_that_was_not_recorded_ends(bench: Bench) -> None:
+    bench.box.behaviour = [("*", {"room": 300})]
+    bench.run(LADDER)
+    player = Bench(bench.folder / "played", bench.box)
+    player.folder.mkdir()
+    again = player.run(LADDER, backend=f"replay:{bench.directory.folder}")
+    assert [one.rung.name for one in chain(again.records) if one.rung] == ["seq_len", "seq_len", "micro_batch"]
+    for job in bench.directory.jobs_dir.glob("*-b2-*"):
+        shutil.rmtree(job)
+    third = Bench(bench.folder / "third", bench.box)
+    third.folder.mkdir()
+    climbed = chain(third.run(LADDER, backend=f"replay:{bench.directory.folder}").records)
+    assert [one.rung.name for one in climbed if one.rung] == ["seq_len", "seq_len"]
+    assert climbed[-1].ladder_end is not None
+    why = {one.rung: one.why for one in climbed[-1].ladder_end.passed_over}
+    assert why["micro_batch"] == "the recording that is played has no such case"
+
+
 def test_load_points_of_a_server_that_does_not_start_climb_together(bench: Bench) -> None:
     bench.box.behaviour = [("*", {"room": 600})]
     points = "{concurrency: 1, input_len: 8, output_len: 8}, {concurrency: 4, input_len: 8, output_len: 8}"
@@ -240,6 +259,7 @@ def test_a_search_finds_what_the_grid_finds_in_a_third_of_the_runs(bench: Bench)
     assert states[1024].skip_rule == "frontier_above"
     assert all(record.frontier == "seq_len" for record in result.records)
     assert not [record for record in result.records if record.parent]
+    assert result.failed == ()
 
 
 def test_a_search_goes_on_where_it_was_and_ends(bench: Bench) -> None:

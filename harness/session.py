@@ -348,6 +348,8 @@ def _take_up(session: Session, work: Work) -> bool:
             return ticket is None or _asked_the_same(session, job, work.attempt)
         if ticket is None or outcome is None or outcome.interrupted or outcome.lost:
             return False
+        if outcome.node_failed or outcome.preempted:
+            return False
         if not _asked_the_same(session, job, work.attempt):
             return False  # a server that was started for other load points
         work.tickets.append(ticket)

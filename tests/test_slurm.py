@@ -314,3 +314,25 @@ def test_waiting_costs_few_calls(bench: Bench) -> None:
     (record,) = bench.run()
     assert record.finished_at - last(record).end < 15
     assert time.time() - began < 60
+
+
+@pytest.mark.payload
+def test_doctor_checks_a_site_and_reduces_over_its_nodes(tmp_path: Path) -> None:
+    site = slurm_sites.write(tmp_path / "shared")
+
+    def doctor() -> tuple[int, dict[str, dict[str, str]]]:
+        argv = [sys.executable, "-m", "harness", "doctor", "--json", "--site", str(site)]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+        findings = json.loads(done.stdout)["findings"]
+        return done.returncode, {finding["topic"]: finding for finding in findings}
+
+    code, found = doctor()
+    assert code == 0
+    assert found["probe"]["status"] == "ok", found
+    assert "n1, n2" in found["probe"]["text"]
+    assert found["time"]["status"] == "warn"  # the partition ends jobs, and the site file does not say so
+    site.write_text(site.read_text().replace("partition: batch", "partition: nowhere"))
+    code, found = doctor()
+    assert code == 1
+    assert found["partition"]["status"] == "bad"
+    assert "probe" not in found  # what is known to be wrong is not tried

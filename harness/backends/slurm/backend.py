@@ -23,7 +23,7 @@ INTENT_FILE = "submit.json"
 SCRIPT_FILE = "job.sbatch"
 END_S = 90.0
 """How long `reap` waits for what it cancelled; Slurm's KillWait is 30 s by default."""
-PASSED_ON = ("PYTHONPATH",)
+PASSED_ON = ("PYTHONPATH", "HF_HOME", "HF_HUB_CACHE")
 """Variables of a box that a node gets even where they are this process's own."""
 
 
@@ -52,7 +52,6 @@ class Slurm:
         self.client = client or Client()
         self.at_once: int = place.max_queued
         self.pause_s = min(2.0, place.poll_s)
-        self._seen: dict[str, Seen] = {}
         self._missing_since: dict[str, float] = {}
         self._ended: set[str] = set()
         self._looked_at = 0.0

@@ -157,6 +157,7 @@ def _scratch(order: Order) -> list[str]:
         "scratch=$scratch_root/harness-${USER:-$(id -un)}/$SLURM_JOB_ID.$node",
         "caches=$scratch_root/harness-${USER:-$(id -un)}/caches",
         "export APPTAINER_BIND=$scratch_root",
+        "export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface} # what was fetched stays where it is",
         "export TMPDIR=$scratch/tmp TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor",
         "export VLLM_CACHE_ROOT=$caches/vllm XDG_CACHE_HOME=$caches",
     ]

@@ -31,7 +31,10 @@ Backend = Annotated[
 Site = Annotated[
     str | None, typer.Option("--site", help="The cluster for slurm and export: a site file, or the name of one.")
 ]
-Box = Annotated[str, typer.Option("--box", help="Where their libraries come from: venv, docker or found.")]
+Box = Annotated[
+    str,
+    typer.Option("--box", help="Where their libraries come from: venv, docker, found, apptainer, pyxis; or the site's."),
+]
 
 
 def placed(backend: str, site: str | None, runs: Path) -> tuple[str, Path]:

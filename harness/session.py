@@ -15,7 +15,7 @@ from harness.errors import HarnessError
 from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
 
 PACKAGE = Path(harness.__file__).parent
-NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full", "node_failed", "preempted"})
+NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full", "node_failed", "preempted", "oom_gpu_contention"})
 """Failure classes that say nothing of the case: the next run measures it again without being asked."""
 Case = schema.AnyCase
 

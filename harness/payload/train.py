@@ -72,10 +72,13 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     earlier_cases = job.get("earlier_cases", 0)
     device, world_size = start(case, journal, earlier_cases)
 
-    from harness.payload import artifacts, cap
+    from harness.payload import artifacts, cap, room
     from harness.payload.meter import MemoryMeter
     from harness.payload.trainer import checkpoint
 
+        room.check_disk(case, variant, keep)
+        if device != "cpu" and case["memory_cap_gib"] is None:  # a cap looks for itself
+            room.check_gpu(device)
     with journal.during("load"):
         memory = MemoryMeter(journal, device, cap.impose(case, device, journal), warm=earlier_cases > 0)
         memory.restart()

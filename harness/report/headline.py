@@ -15,6 +15,7 @@ from harness.report.parts import when
 from harness.report.sections import environment_row
 from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance
+from harness.summary.gpu_time import gpu_time
 
 MAX_FAILURES = 12
 MAX_ANSWERS = 9
@@ -37,8 +38,17 @@ def run_facts(run: ReportRun) -> dict[str, object]:
     known = [record.provenance for record in run.records if record.provenance]
     ends = [record.finished_at for record in run.records if record.attempts]
     ended = f", last case ended {when(max(ends))}" if ends else ""
-    facts = [("Begun", when(run.created) + ended), *_provenance_facts(known)]
+    facts = [("Begun", when(run.created) + ended), *_gpu_time(run), *_provenance_facts(known)]
     return {"name": one_line(run.name, 80), "facts": facts}
+
+
+def _gpu_time(run: ReportRun) -> list[tuple[str, str]]:
+    """What the GPUs were held for, load, compilation and saving included."""
+    spent = gpu_time(run.records)
+    if spent is None:
+        return []
+    each = f"{digits(spent.per_case_s)} per decided case (n = {spent.cases})"
+    return [("GPU time", f"{digits(spent.gpu_seconds)} GPU-seconds in jobs from start to end, {each}")]
 
 
 def _provenance_facts(known: Sequence[Provenance]) -> list[tuple[str, str]]:

@@ -300,6 +300,8 @@ def test_an_engine_stopped_in_mid_run_loses_no_finished_case(bench: Bench, own_e
     assert status(result.records) == {"measured": 2, "failed": 2}
     failed = [record for record in result.records if record.status == "failed"]
     assert {failure(record) for record in failed} == {"interrupted"}
+    said = [record.last.diagnosis.summary for record in failed if record.last and record.last.diagnosis]
+    assert all("the Docker Engine did not answer" in sentence for sentence in said), said
     details = [record.last.jobs[-1].outcome.detail for record in failed if record.last]
     assert all("the Docker Engine did not answer at its end" in detail for detail in details), details
     assert bench.working() == []

@@ -79,7 +79,8 @@ def diagnose(case: Case, outcomes: Sequence[Outcome], observation: Observation, 
 def _interrupted(facts: Facts) -> Diagnosis | None:
     if not facts.any("interrupted"):
         return None
-    return _plain(facts, "interrupted", "The job was ended from outside before it was done.",
+    why = next((f": {outcome.detail}" for outcome in facts.outcomes if outcome.interrupted and outcome.detail), "")
+    return _plain(facts, "interrupted", f"The job was ended from outside before it was done{why.rstrip('.')}.",
                   "Give the same command again: it resumes with this case.", "established")  # fmt: skip
 
 

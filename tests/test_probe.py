@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes.script import BEGAN, Script
-from hypothesis import given
+from fakes.records import probe_case, provenance
+from fakes.script import BEGAN, Script, run_probe
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from harness import launch, matrix, observe, triage
+from harness import evidence, launch, matrix, observe, triage
 from harness.errors import HarnessError
 from harness.matrix import rules
-from harness.report import terminal
+from harness.report import figures, terminal
 from harness.report.entry import ReportRun, entries
 from harness.report.page import html_of
 from harness.report.words import TIMES
@@ -24,27 +25,6 @@ from harness.summary import summarize
 from harness.summary.probes import bus_factor
 
 OUTCOME = Outcome(exit_code=0, start=BEGAN, end=BEGAN + 10)
-
-
-def probe(**changes: Any) -> ProbeCase:
-    return ProbeCase(**({"device": "cpu", "sizes_bytes": (1024, 2**20), "iterations": 4} | changes))
-
-
-def run_probe(script: Script, case: ProbeCase, *, wrong: bool = False, late: int | None = None) -> None:
-    """The lines of a probe of which every all-reduce takes 1 ms per KiB-power, on rank 1 a little less."""
-    for rank in range(case.devices):
-        script.write(rank, "start", rank=rank, world_size=case.devices, host="node1", pid=100 + rank,
-                     libraries={"torch": "2.13.0"}, device={"type": "cpu", "name": "Xeon"})  # fmt: skip
-        script.write(rank, "proof", backend="gloo", interfaces=["lo"], environment={}, mismatches=[])
-        found = 4.0 if wrong and rank == 1 else 3.0
-        script.write(rank, "check", name="all_reduce_sum", ok=found == 3.0, found=found, expected=3.0)
-        work = 0.02 if rank == late else 0.01
-        script.write(rank, "arrival", warmup=5, work_s=[work] * 4, wait_s=[0.03 - work] * 4)
-        for size in case.sizes_bytes:
-            times = [size * 1e-9 * (iteration + 1) - rank * 1e-10 for iteration in range(case.iterations)]
-            script.write(rank, "collective", operation="all_reduce", size_bytes=size, warmup=5, timer="host clock",
-                         time_s=times)  # fmt: skip
-        script.write(rank, "end", ok=True)
 
 
 def seen_of(folder: Path, case: ProbeCase, **how: Any) -> Observation:
@@ -130,7 +110,7 @@ def job_of(case: ProbeCase) -> Any:
 
 
 def test_a_probe_runs_under_torchrun_in_the_training_environment() -> None:
-    job = job_of(probe(device="cuda", devices=4))
+    job = job_of(probe_case(device="cuda", devices=4))
     assert job.environment == "train"
     assert job.argv[:3] == ("python", "-m", "torch.distributed.run")
     assert "--nproc_per_node=4" in job.argv
@@ -140,25 +120,25 @@ def test_a_probe_runs_under_torchrun_in_the_training_environment() -> None:
 
 
 def test_what_a_probe_pins_stands_in_its_environment() -> None:
-    env = job_of(probe(device="cuda", interface="eth0", p2p=False, debug=True)).env
+    env = job_of(probe_case(device="cuda", interface="eth0", p2p=False, debug=True)).env
     assert env["NCCL_SOCKET_IFNAME"] == "=eth0"
     assert env["NCCL_P2P_DISABLE"] == "1"
     assert "TUNING" in env["NCCL_DEBUG_SUBSYS"]
     assert env["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "2000"
-    cpu = job_of(probe(interface="eth0", debug=True)).env
+    cpu = job_of(probe_case(interface="eth0", debug=True)).env
     assert (cpu["GLOO_SOCKET_IFNAME"], cpu["TORCH_DISTRIBUTED_DEBUG"]) == ("eth0", "DETAIL")
-    assert job_of(probe()).env["GLOO_SOCKET_IFNAME"] == "lo"
+    assert job_of(probe_case()).env["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_ranks_on_one_host_never_look_up_its_name() -> None:
     several = TrainCase(variant="tiny-hybrid", device="cpu", method="full", seq_len=64, devices=2, strategy="ddp")
-    for case in (probe(), several):
+    for case in (probe_case(), several):
         (job,) = launch.jobs((case,), 1)
         assert "--local-addr=127.0.0.1" in job.argv
 
 
 def test_a_probe_of_several_nodes_meets_at_the_first() -> None:
-    job = job_of(probe(device="cuda", devices=4, nodes=2))
+    job = job_of(probe_case(device="cuda", devices=4, nodes=2))
     assert {"--nnodes=2", "--nproc_per_node=2", "--rdzv_endpoint={head}:{port}"} <= set(job.argv)
     assert (job.nodes, job.devices) == (2, 4)
 
@@ -167,7 +147,7 @@ def test_a_probe_of_several_nodes_meets_at_the_first() -> None:
 
 
 def test_all_that_ranks_wrote_is_observed_and_measured(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     seen = seen_of(tmp_path, case)
     assert seen.train is None
     assert seen.serve is None
@@ -179,7 +159,7 @@ def test_all_that_ranks_wrote_is_observed_and_measured(tmp_path: Path) -> None:
 
 
 def test_a_wrong_sum_is_no_measurement(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     diagnosis = triage.diagnose(case, [OUTCOME], seen_of(tmp_path, case, wrong=True), "")
     assert diagnosis is not None
     assert diagnosis.failure_class == "not_as_requested"
@@ -187,7 +167,7 @@ def test_a_wrong_sum_is_no_measurement(tmp_path: Path) -> None:
 
 
 def test_p2p_that_nccl_used_all_the_same_is_no_measurement(tmp_path: Path) -> None:
-    case = probe(device="cuda", p2p=False, interface="eth0")
+    case = probe_case(device="cuda", p2p=False, interface="eth0")
     nccl = NcclFacts(transports={"P2P/CUMEM": 2}, interfaces=("eth1",))
     seen = seen_of(tmp_path, case).model_copy(update={"nccl": nccl})
     diagnosis = triage.diagnose(case, [OUTCOME], seen, "")
@@ -199,7 +179,7 @@ def test_p2p_that_nccl_used_all_the_same_is_no_measurement(tmp_path: Path) -> No
 
 
 def test_a_probe_that_stopped_halfway_is_a_failure(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     script = Script(tmp_path / "job.1", 0)
     run_probe(script, case)
     script.close()
@@ -213,7 +193,7 @@ def test_a_probe_that_stopped_halfway_is_a_failure(tmp_path: Path) -> None:
 
 @given(st.integers(0, 4000))
 def test_files_cut_at_any_byte_are_observed(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    case = probe()
+    case = probe_case()
     folder = tmp_path_factory.mktemp("cut") / "job.1"
     script = Script(folder, 0)
     run_probe(script, case)
@@ -224,6 +204,7 @@ def test_files_cut_at_any_byte_are_observed(tmp_path_factory: pytest.TempPathFac
     summarize(record_of(case, seen))
 
 
+@example([1e-307])
 @given(st.lists(st.one_of(st.none(), st.floats(), st.text(), st.integers(), st.lists(st.floats()))))
 def test_columns_of_anything_are_taken_or_left(tmp_path_factory: pytest.TempPathFactory, values: list[Any]) -> None:
     folder = tmp_path_factory.mktemp("odd") / "job.1"
@@ -232,13 +213,13 @@ def test_columns_of_anything_are_taken_or_left(tmp_path_factory: pytest.TempPath
     script.write(0, "arrival", work_s=values, wait_s=7)
     script.write(0, "check", name=values, ok=1)
     script.close()
-    case = probe(sizes_bytes=(1024,))
+    case = probe_case(sizes_bytes=(1024,))
     seen = observe.observe(case, [folder])
     summarize(record_of(case, seen))
 
 
 def test_a_record_of_many_ranks_stays_small_and_says_what_it_left_out(tmp_path: Path) -> None:
-    case = probe(devices=64, sizes_bytes=tuple(4 * 2**n for n in range(20)), iterations=500)
+    case = probe_case(devices=64, sizes_bytes=tuple(4 * 2**n for n in range(20)), iterations=500)
     seen = seen_of(tmp_path, case)
     assert any("ranks' times" in note for note in seen.notes)
     assert len(record_of(case, seen).model_dump_json(indent=1)) < 200_000
@@ -248,7 +229,7 @@ def test_a_record_of_many_ranks_stays_small_and_says_what_it_left_out(tmp_path: 
 
 
 def test_bandwidth_is_that_of_the_slowest_rank_by_the_median(tmp_path: Path) -> None:
-    case = probe(iterations=3)
+    case = probe_case(iterations=3)
     found = summarize(record_of(case, seen_of(tmp_path, case)))
     assert found is not None
     assert found.probe is not None
@@ -267,7 +248,7 @@ def test_bus_bandwidth_is_scaled_by_the_ranks(ranks: int, factor: float) -> None
 
 
 def test_a_rank_that_comes_late_is_named(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     late = record_of(case, seen_of(tmp_path, case, late=1))
     found = summarize(late)
     assert found is not None
@@ -289,7 +270,7 @@ def printed(part: Any) -> str:
 
 
 def test_the_terminal_says_bandwidth_and_who_comes_late(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     record = record_of(case, seen_of(tmp_path, case, late=1))
     line = printed(terminal.line(record, 1, 1))
     assert "GB/s bus" in line
@@ -299,7 +280,7 @@ def test_the_terminal_says_bandwidth_and_who_comes_late(tmp_path: Path) -> None:
 
 
 def test_the_page_has_a_table_of_probes(tmp_path: Path) -> None:
-    case = probe()
+    case = probe_case()
     records = (record_of(case, seen_of(tmp_path, case)),)
     page = html_of([ReportRun("run", BEGAN, records, str(tmp_path))], tmp_path)
     assert "Probes of the communication between ranks" in page
@@ -309,7 +290,29 @@ def test_the_page_has_a_table_of_probes(tmp_path: Path) -> None:
 
 
 def test_a_probe_round_trips_as_json() -> None:
-    case = probe(interface="eth0", p2p=True, debug=True)
+    case = probe_case(interface="eth0", p2p=True, debug=True)
     assert ProbeCase.model_validate_json(case.model_dump_json()) == case
     assert json.loads(case.model_dump_json())["kind"] == "probe"
     assert case_id(case).startswith("probe-gloo2-eth0-debug-")
+
+
+def test_a_figure_draws_bandwidth_over_size(tmp_path: Path) -> None:
+    case = probe_case()
+    drawn = figures.bus_bandwidth(entries("run", [record_of(case, seen_of(tmp_path, case))]))
+    assert drawn is not None
+    (line,) = drawn.figure["data"]
+    assert line["x"] == [1024, 2**20]
+    assert all(0.3 < value < 0.5 for value in line["y"])
+    assert figures.bus_bandwidth([]) is None
+
+
+def test_a_probe_measured_elsewhere_stands_for_one_here(tmp_path: Path) -> None:
+    case = probe_case()
+    record = record_of(case, seen_of(tmp_path, case)).model_copy(update={"provenance": provenance(case)})
+    folder = tmp_path / "old" / "cases" / record.case_id
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(record.model_dump_json())
+    here = evidence.Place(provenance(case).environments, (), "Xeon")
+    found = evidence.below([tmp_path / "old"])
+    assert evidence.standing(case, found, here) == folder / "record.json"
+    assert evidence.standing(case, found, evidence.Place(here.environments, (), "another")) is None

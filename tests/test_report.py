@@ -490,8 +490,8 @@ def test_a_run_lists_status_number_and_verdict_of_every_case(named: dict[str, Re
     for record in named.values():
         assert f"{record.status:8}  {record.case_id}" in text
     assert "3,821 tokens/s" in text
-    assert "18 cases planned: 12 measured, 5 failed, 1 skipped" in text
-    assert "numbers are measured, random weights" in text
+    assert "19 cases planned: 13 measured, 5 failed, 1 skipped" in text
+    assert "numbers are measured; measured, random weights" in text
 
 
 def test_a_line_for_a_case_that_ended(named: dict[str, Record]) -> None:

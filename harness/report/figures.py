@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from harness.report.entry import Entry, full_label, place
 from harness.report.words import GIB, TIMES, one_line
+from harness.report.words import size as size_text
 from harness.schema import LoadPoint, RankObservation
 from harness.summary import MemoryRow, TrainSummary, spread
 
@@ -272,12 +273,32 @@ def _serving_lines(name: str, rows: Sequence[Entry], index: int) -> list[dict[st
     return lines
 
 
+def bus_bandwidth(rows: Sequence[Entry]) -> Drawn | None:
+    """Bus bandwidth over the size of an all-reduce, a line per probe."""
+    known = [row for row in rows if row.probe and any(size.bus_bytes_per_s for size in row.probe.sizes)]
+    if not known:
+        return None
+    data = [_bus_line(row, index) for index, row in enumerate(known[:MAX_LINES])]
+    sizes = sorted({size.size_bytes for row in known if row.probe for size in row.probe.sizes})
+    ticks = {"tickvals": sizes, "ticktext": [size_text(size).text for size in sizes]}
+    layout = {"xaxis": _axis("bytes on each rank", type="log", **ticks), "yaxis": _axis("bus GB/s", type="log")}
+    return Drawn({"data": data, "layout": layout}, _left_out(MAX_LINES, len(known), "probes"))
+
+
+def _bus_line(row: Entry, index: int) -> dict[str, Any]:
+    sizes = [size for size in (row.probe.sizes if row.probe else ()) if size.bus_bytes_per_s]
+    speeds = _round([(size.bus_bytes_per_s or 0) / 1e9 for size in sizes])
+    return {"type": "scatter", "mode": "lines+markers", "name": _name(full_label(row)),
+            "x": [size.size_bytes for size in sizes], "y": speeds, **_style(index)}  # fmt: skip
+
+
 FIGURES: tuple[tuple[str, Callable[[Sequence[Entry]], Drawn | None]], ...] = (
     ("Training throughput over sequence length", throughput),
     ("Peak GPU memory by case and rank", memory_gpu),
     ("Peak CPU memory by case and rank", memory_cpu),
     ("Step time over steps", step_times),
     ("Serving latency and throughput against load", serving),
+    ("Bus bandwidth over the size of an all-reduce", bus_bandwidth),
 )
 
 

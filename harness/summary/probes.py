@@ -7,6 +7,7 @@ Source: nccl-tests, doc/PERFORMANCE.md.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -96,6 +97,8 @@ def _size(size_bytes: int, found: Sequence[ProbeSeries], ranks: int) -> ProbeSiz
     if not known:
         return ProbeSize(size_bytes=size_bytes, n=0)
     median = statistics.median(known)
+    # A time below any clock's resolution, which only a broken file states, is no speed.
+    speed = size_bytes / median if math.isfinite(size_bytes / median) else None
     return ProbeSize(
         size_bytes=size_bytes,
         n=len(known),
@@ -103,8 +106,8 @@ def _size(size_bytes: int, found: Sequence[ProbeSeries], ranks: int) -> ProbeSiz
         median_s=median,
         min_s=min(known),
         max_s=max(known),
-        algorithm_bytes_per_s=size_bytes / median,
-        bus_bytes_per_s=size_bytes / median * bus_factor(ranks),
+        algorithm_bytes_per_s=speed,
+        bus_bytes_per_s=None if speed is None else speed * bus_factor(ranks),
     )
 
 
@@ -121,4 +124,5 @@ def _late(work: dict[int, float]) -> tuple[int | None, float | None]:
     middle = statistics.median(work.values())
     latest = max(work, key=lambda rank: work[rank])
     ratio = work[latest] / middle if middle > 0 else None
+    ratio = ratio if ratio is not None and math.isfinite(ratio) else None
     return (latest if ratio is not None and ratio >= LATE_RATIO else None), ratio

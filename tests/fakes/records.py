@@ -20,6 +20,7 @@ from harness.schema import (
     Gpu,
     JobRun,
     Outcome,
+    ProbeCase,
     Provenance,
     Record,
     ServeCase,
@@ -35,6 +36,7 @@ from .script import (
     MIB,
     Script,
     finish,
+    run_probe,
     run_serving,
     run_step,
     run_training,
@@ -156,6 +158,18 @@ def measured_chain(case: ChainCase, folder: Path, seed: int = 0) -> Record:
     return _record(case, [train, serve], [_outcome(train), _outcome(serve, start=train.clock + 2)])
 
 
+def probe_case(**changes: Any) -> ProbeCase:
+    """Two ranks over gloo and two sizes, with `changes`."""
+    return ProbeCase(**({"device": "cpu", "sizes_bytes": (1024, 2**20), "iterations": 4} | changes))
+
+
+def measured_probe(case: ProbeCase, folder: Path, late: int | None = None) -> Record:
+    """A probe that went well."""
+    script = _script(folder, case)
+    run_probe(script, case, late=late)
+    return _record(case, [script], [_outcome(script)])
+
+
 def failed_oom(folder: Path, seed: int = 0) -> Record:
     """GPU memory ran out in the backward pass of rank 1; rank 0 lost its peer."""
     case = train_case(variant="nano-9b-v2", device="cuda", devices=2, strategy="ddp", seq_len=8192, micro_batch=2)
@@ -254,6 +268,7 @@ def named(seed: int = 0) -> dict[str, Record]:
             "serve_8": served[2],
             "chain_adapter": measured_chain(chain_case("adapter"), folder, seed),
             "chain_merged": measured_chain(chain_case("merged"), folder, seed),
+            "probe": measured_probe(probe_case(), folder),
             "failed_oom": failed_oom(folder, seed),
             "failed_nan": failed_nan(folder, seed),
             "failed_stalled": failed_stalled(folder, seed),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.events import EventLog
-from harness.schema import ServeCase, TrainCase
+from harness.schema import ProbeCase, ServeCase, TrainCase
 
 BEGAN = 1_790_000_000.0
 MIB, GIB = 2**20, 2**30
@@ -190,3 +190,23 @@ def run_serving(script: Script, cases: Sequence[tuple[str, ServeCase]]) -> None:
         script.write(0, "load_point", **_load_point(case, name))
     script.write(0, "server_memory", peak_rss_bytes=3_200 * MIB)
     script.phase(1, "stop_server", 1.5)
+
+
+# ---------------------------------------------------------------- probes
+
+
+def run_probe(script: Script, case: ProbeCase, *, wrong: bool = False, late: int | None = None) -> None:
+    """The lines of a probe of which every all-reduce takes 1 ms per KiB-power, on rank 1 a little less."""
+    for rank in range(case.devices):
+        script.write(rank, "start", rank=rank, world_size=case.devices, host="node1", pid=100 + rank,
+                     libraries={"torch": "2.13.0"}, device={"type": "cpu", "name": "Xeon"})  # fmt: skip
+        script.write(rank, "proof", backend="gloo", interfaces=["lo"], environment={}, mismatches=[])
+        found = 4.0 if wrong and rank == 1 else 3.0
+        script.write(rank, "check", name="all_reduce_sum", ok=found == 3.0, found=found, expected=3.0)
+        work = 0.02 if rank == late else 0.01
+        script.write(rank, "arrival", warmup=5, work_s=[work] * 4, wait_s=[0.03 - work] * 4)
+        for size in case.sizes_bytes:
+            times = [size * 1e-9 * (iteration + 1) - rank * 1e-10 for iteration in range(case.iterations)]
+            script.write(rank, "collective", operation="all_reduce", size_bytes=size, warmup=5, timer="host clock",
+                         time_s=times)  # fmt: skip
+        script.write(rank, "end", ok=True)

@@ -33,7 +33,7 @@ Site = Annotated[
 ]
 Box = Annotated[
     str,
-    typer.Option("--box", help="Where their libraries come from: venv, docker, found, apptainer, pyxis; or the site's."),
+    typer.Option("--box", help="Where their libraries come from: venv, docker, found, apptainer or pyxis."),
 ]
 
 

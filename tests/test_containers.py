@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.containers import build, context, engine, imagelock, requirements, verify, wheelhouse
+from harness.containers import build, bundle, context, engine, imagelock, requirements, verify, wheelhouse
 from harness.containers.build import Request
 from harness.containers.requirements import Requirement
 from harness.errors import HarnessError
@@ -446,3 +447,82 @@ def test_an_image_that_is_not_there_names_those_that_are(root: Path, fake: FakeE
     with pytest.raises(HarnessError, match="the Engine has no image train-gpu") as refused:
         verify.verify("train-gpu", root, fake)  # type: ignore[arg-type]
     assert "harness build" in refused.value.hint
+
+
+# ---------------------------------------------------------------- bundles
+
+
+@pytest.fixture
+def whole(root: Path, tmp_path: Path) -> Path:
+    """The checkout with the program and the locks of the control plane and of uv."""
+    (tmp_path / "index/uv-0.13.9-py3-none-any.whl").write_bytes(b"uv")
+    (root / "tools/requirements").mkdir(parents=True)
+    (root / "tools/requirements/harness.txt").write_text((root / "images/train/cpu.txt").read_text())
+    (root / "tools/requirements/uv.txt").write_text(f"uv==0.13.9 --hash=sha256:{sha256(b'uv')}\n")
+    (root / "harness/__pycache__").mkdir(parents=True)
+    (root / "harness/__pycache__/x.pyc").write_text("")
+    (root / "harness/__init__.py").write_text("")
+    return root
+
+
+def test_a_bundle_holds_wheels_locks_program_and_installer(whole: Path, tmp_path: Path) -> None:
+    to = tmp_path / "bundle"
+    made = bundle.bundle([REQUEST], whole, to, quiet)
+    assert (made.environments, made.images, made.files) == (("train-cpu",), (), 3)
+    found = json.loads((to / "bundle.json").read_text())
+    assert found["files"] == {path.name: sha256(path.read_bytes()) for path in (to / "wheels").iterdir()}
+    assert [place["folder"] for place in found["places"]] == [".venv", ".envs/train"]
+    assert all((to / place["lock"]).is_file() for place in found["places"])
+    assert (to / "images/train/cpu.txt").is_file()
+    assert (to / "harness/__init__.py").is_file()
+    assert not (to / "harness/__pycache__").exists()
+    assert (to / "install.py").read_text() == bundle.INSTALLER.read_text()
+    bundle.bundle([REQUEST], whole, to, quiet)  # a second call brings it up to date
+
+
+def test_sources_come_as_the_built_image_and_not_at_all_without_it(
+    whole: Path, tmp_path: Path, fake: FakeEngine
+) -> None:
+    found = wheelhouse.gather(whole / "images/train/cpu.txt", whole / ".wheels", quiet)
+    torch, trl = found.files
+    source = trl.model_copy(update={"file_name": "trl-1.16.0.tar.gz"})
+    house = found.model_copy(update={"files": (torch, source)})
+    shutil.copyfile(found.path(trl), house.path(source))
+    wheelhouse._remember(whole / ".wheels", house)
+    (whole / "tools/requirements/harness.txt").write_text("")
+    with pytest.raises(HarnessError, match="its image is not built") as refused:
+        bundle.bundle([REQUEST], whole, tmp_path / "none", quiet, fake)  # type: ignore[arg-type]
+    assert "harness build train --variant cpu" in refused.value.hint
+    do_build(whole, fake)
+    made = bundle.bundle([REQUEST], whole, tmp_path / "bundle", quiet, fake)  # type: ignore[arg-type]
+    assert (made.environments, made.images) == ((), ("train-cpu",))
+    assert (tmp_path / "bundle/images/train-cpu.tar").read_bytes() == b"layers"
+    assert not list((tmp_path / "bundle/wheels").glob("trl*"))
+
+
+def test_a_bundle_overwrites_nobodys_folder(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("")
+    with pytest.raises(HarnessError, match="is no empty folder"):
+        bundle.bundle([REQUEST], whole, tmp_path / "mine", quiet)
+
+
+def test_a_damaged_bundle_or_another_python_is_refused_before_anything_is_installed(
+    whole: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "bundle"
+    bundle.bundle([REQUEST], whole, to, quiet)
+
+    def install() -> tuple[int, str]:
+        ended = subprocess.run([sys.executable, "-IS", to / "install.py"], capture_output=True, text=True, check=False)
+        return ended.returncode, ended.stderr
+
+    (to / "wheels/uv-0.13.9-py3-none-any.whl").unlink()
+    (to / "wheels/uv-0.13.9-py3-none-any.whl").write_bytes(b"something else")
+    code, said = install()
+    assert (code, "installer in this bundle is damaged" in said) == (2, True)
+    text = (to / "bundle.json").read_text()
+    (to / "bundle.json").write_text(text.replace('"python": "3.11"', '"python": "2.7"'))
+    code, said = install()
+    assert (code, "this bundle is for Python 2.7" in said) == (2, True)
+    assert not (to / ".venv").exists()

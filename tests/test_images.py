@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness.containers import build, engine, imagelock, requirements, verify
+from harness.containers import build, bundle, engine, imagelock, requirements, verify
 from harness.containers.build import CHECKOUT, Request
 from harness.errors import HarnessError
 
@@ -69,3 +70,40 @@ def test_one_hash_changed_in_a_real_lock_makes_build_refuse_with_the_name(
     lock.write_text(text)
     with pytest.raises(HarnessError, match=r"no hash of peft 0\.\d+\.\d+ is that of peft-.*\.whl"):
         build.build(Request(environment="train", variant="cpu"), tmp_path, print)
+
+
+MATRIX = """\
+version: 1
+name: one
+defaults: {device: cpu, variant: tiny-hybrid, seq_len: 64, micro_batch: 2, steps: 4, warmup_steps: 1}
+train:
+  - method: [lora]
+"""
+
+
+def test_a_bundle_is_installed_and_used_with_the_network_off(cpu_images: dict[str, Any], tmp_path: Path) -> None:
+    """In the bare base image: Python and nothing else, no pip, no network; a case is measured in what comes of it."""
+    made = bundle.bundle(build.requests("train", "cpu", None, None, 2), CHECKOUT, tmp_path / "bundle", print)
+    assert made.environments == ("train-cpu",)
+    (tmp_path / "bundle/one.yaml").write_text(MATRIX)
+    steps = (
+        "python3.11 /bundle/install.py",
+        "cd /bundle",
+        ".venv/bin/harness run one.yaml --json > run.json",
+        "python3.11 install.py > again.txt",
+    )
+    client = engine.connect(timeout_s=900)
+    try:
+        client.containers.run(
+            build.base_of(CHECKOUT).digest, ["sh", "-ec", " && ".join(steps)], network_mode="none", remove=True,
+            volumes={str(tmp_path / "bundle"): {"bind": "/bundle", "mode": "rw"}}, shm_size="1g",
+        )  # fmt: skip
+    finally:
+        client.close()
+    assert (tmp_path / "bundle/again.txt").read_text().count("is installed") == 2
+    (case,) = json.loads((tmp_path / "bundle/run.json").read_text())["cases"]
+    record = json.loads((tmp_path / "bundle" / case["record"]).read_text())
+    assert record["status"] == "measured"
+    (environment,) = record["provenance"]["environments"]
+    assert (environment["box"], environment["pinned"]) == ("venv", True)
+    assert record["provenance"]["commit"] == build.revision_of(CHECKOUT)

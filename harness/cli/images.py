@@ -25,6 +25,10 @@ def build(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Another base image, by digest: NAME@sha256:...")] = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Compilers at once, each of up to 5 GB.")] = 2,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", help="Build no image: write what a host with neither network nor Engine needs here."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build the container images of the locked environments, and note them in images/images.lock."""
@@ -32,12 +36,31 @@ def build(
 
     requests = builds.requests(environment, variant, arch, base, jobs)
     say = _quietly if as_json else _progress()
+    if bundle is not None:
+        _bundle(requests, bundle, say, as_json)
+        return
     built = [builds.build(request, builds.CHECKOUT, say) for request in requests]
     if as_json:
         print_json([json.loads(one.model_dump_json()) for one in built])
     else:
         for one in built:
             console().print(_built_line(one), soft_wrap=True)
+
+
+def _bundle(requests: tuple[builds.Request, ...], to: Path, say: builds.Say, as_json: bool) -> None:
+    from harness.containers import bundle as bundling
+    from harness.containers.build import CHECKOUT
+
+    made = bundling.bundle(requests, CHECKOUT, to, say)
+    if as_json:
+        print(made.model_dump_json(indent=1))
+        return
+    out = console()
+    out.print(f"{made.folder}: {made.files} wheels, {made.size_bytes / 1e9:.2f} GB", soft_wrap=True)
+    for name in made.environments:
+        out.print(f"{name}: copy the folder to the host, then python3 install.py there")
+    for name in made.images:
+        out.print(f"{name}: comes as an image, images/{name}.tar (docker load, or apptainer build docker-archive:)")
 
 
 def _quietly(line: str) -> None:

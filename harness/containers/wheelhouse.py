@@ -141,7 +141,8 @@ def _packages(lock: Path, wanted: Iterable[Requirement]) -> list[dict[str, Any]]
         rest = [f"{e.name}=={e.version}{f' ; {e.marker}' if e.marker else ''}" for e in wanted if e.name != "torch"]
         return [*_ask_uv(rest, [], lock), *_ask_uv(cpu_torch, [f"--default-index={TORCH_INDEX}"], lock)]
     lines = [f"{e.name}=={e.version}{f' ; {e.marker}' if e.marker else ''}" for e in wanted]
-    return _ask_uv(lines, links if cpu_torch else [], lock)  # 2.13.0+cpu there would pass for 2.13.0
+    cuda_torch = any(e.name == "torch" for e in wanted) and not cpu_torch
+    return _ask_uv(lines, [] if cuda_torch else links, lock)  # 2.13.0+cpu there would pass for 2.13.0
 
 
 def _ask_uv(lines: Sequence[str], options: Sequence[str], lock: Path) -> list[dict[str, Any]]:

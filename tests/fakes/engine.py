@@ -24,7 +24,7 @@ class FakeEngine:
         self.answer: Callable[[list[str]], tuple[int, str, str]] = lambda argv: (0, "", "")
         self.pulled: list[str] = []
         self.api = SimpleNamespace(inspect_image=self._inspect, build=self._build)
-        self.images = SimpleNamespace(pull=self._pull)
+        self.images = SimpleNamespace(pull=self._pull, get=lambda image: SimpleNamespace(save=lambda: [b"lay", b"ers"]))
         self.containers = SimpleNamespace(create=self._create)
 
     def _inspect(self, image: str) -> dict[str, Any]:

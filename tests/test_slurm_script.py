@@ -206,6 +206,21 @@ os.execv(sys.executable, [sys.executable, *asked.argv[1:]])
     assert asked["bind"] == [f"{ROOT.parent}:{ROOT.parent}", "/models:/models"]
 
 
+def test_pyxis_gets_options_that_it_understands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake srun refuses any other option, and starts what stands behind them."""
+    fake = Fake(tmp_path, monkeypatch)
+    (fake.state.parent / "bin/python").symlink_to(sys.executable)
+    job = stub_jobs.job()
+    folder = stub_jobs.job_dir(fake.run_dir, job)
+    box = boxes.of_site("pyxis", {"train": f"reg#train@{DIGEST}"}, ("/models",))
+    ticket = fake.backend.submit(job, box.wrap(job, folder, ROOT), folder)
+    assert fake.ended(ticket).ok
+    asked = json.loads((fake.state / "container.json").read_text())
+    assert asked["container-image"] == f"reg#train@{DIGEST}"
+    assert asked["container-mounts"] == f"{ROOT.parent}:{ROOT.parent},/models:/models"
+    assert asked["container-workdir"] == str(folder)
+
+
 # ---------------------------------------------------------------- Slurm's words
 
 QUEUE = """\

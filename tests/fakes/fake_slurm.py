@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+SRUN = {"export", "nodes", "ntasks", "ntasks-per-node", "kill-on-bad-exit"}
+PYXIS = {"container-image", "container-mounts", "container-workdir", "container-env", "no-container-mount-home"}
+"""Options of srun that scripts use, and those that its plug-in pyxis adds (its README)."""
 PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "srun", "sinfo", "scontrol")
 STATE = Path(os.environ.get("SLURM_CONF", "/nonexistent"))
 
@@ -83,6 +86,12 @@ def run(argv: list[str]) -> int:
 
 def srun(argv: list[str]) -> int:
     count = next(int(part.partition("=")[2]) for part in argv if part.startswith("--nodes="))
+    options = dict(part.removeprefix("--").partition("=")[::2] for part in argv if part.startswith("--"))
+    if unknown := options.keys() - SRUN - PYXIS:
+        print(f"srun: unrecognized option {unknown}", file=sys.stderr)
+        return 2
+    if options.keys() & PYXIS:
+        (STATE / "container.json").write_text(json.dumps(options))
     command = argv[next(index for index, part in enumerate(argv) if not part.startswith("-")) :]
     tasks = [subprocess.Popen(command, env=os.environ | {"SLURMD_NODENAME": f"n{node + 1}", "SLURM_NODEID": str(node)})
              for node in range(count)]  # fmt: skip

@@ -22,6 +22,7 @@ _OLD = re.compile(
     rf"{_SIZE} total capacity; {_SIZE} already allocated; {_SIZE} free; {_SIZE} reserved in total by PyTorch"
 )
 _TOTAL = re.compile(rf"total capac\w+ of {_SIZE}")
+_ASKED = re.compile(rf"Tried to allocate {_SIZE}")
 
 
 def _gib(number: str, unit: str) -> float:
@@ -50,10 +51,18 @@ def others(text: str) -> list[tuple[int, float]]:
 
 def foreign_memory(text: str) -> bool:
     """Whether other processes hold so much of the GPU that they, not the size of the job, are the cause."""
+    if enough_free(text):
+        return False
     held = max(sum(size for _, size in others(text)), unaccounted(text))
     total, own = _TOTAL.search(text), _OWN.search(text)
     least = LARGE_SHARE * _gib(*total.groups()) if total else 1.0
     return held > least or (own is not None and held > _gib(*own.groups()) > 0)
+
+
+def enough_free(text: str) -> bool:
+    """Whether the GPU had what was asked for: then a limit of this process, or memory in pieces, is the cause."""
+    asked, free = _ASKED.search(text), _FREE.search(text)
+    return bool(asked and free) and _gib(*free.groups()) > _gib(*asked.groups())  # type: ignore[union-attr]
 
 
 def unaccounted(text: str) -> float:

@@ -116,9 +116,7 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
         raise HarnessError("--share-process cannot keep artifacts", "leave out one of it and --keep-artifacts")
     backend = backends.get(options.backend)
     box = _box(options, backend)
-    if options.host_memory_gib is not None and box.name not in boxes.MEMORY_LIMITED:
-        limited = " or ".join(boxes.MEMORY_LIMITED)
-        raise HarnessError(f"the box {box.name} cannot limit a job's memory", f"--host-memory needs --box {limited}")
+    _refuse_pair(options, backend, box)
     recorded = _recorded(options)
     environments = _environments(plan, box, recorded)
     directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
@@ -137,6 +135,18 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
         free=set(slots),
         recorded=recorded,
     )
+
+
+def _refuse_pair(options: Options, backend: backends.Backend, box: boxes.Box) -> None:
+    """HarnessError where what the options ask for cannot go together."""
+    if options.host_memory_gib is not None and box.name not in boxes.MEMORY_LIMITED:
+        limited = " or ".join(boxes.MEMORY_LIMITED)
+        raise HarnessError(f"the box {box.name} cannot limit a job's memory", f"--host-memory needs --box {limited}")
+    if box.name in boxes.SUPERVISED and backend.name in backends.OF_A_SITE:
+        why = f"a scheduler that ends a job would leave the container of the box {box.name} at work"
+        raise HarnessError(
+            f"--box {box.name} does not go with --backend {backend.name}: {why}", "use pyxis or apptainer"
+        )
 
 
 def _box(options: Options, backend: backends.Backend) -> boxes.Box:

@@ -11,7 +11,7 @@ import pytest
 from fakes import fake_engine
 from syrupy.assertion import SnapshotAssertion
 
-from harness import boxes, launch, pipeline, session
+from harness import backends, boxes, launch, pipeline, session
 from harness.backends import container, outside
 from harness.boxes import docker
 from harness.boxes.docker import DockerBox
@@ -245,6 +245,18 @@ def test_a_memory_limit_needs_a_box_that_can_keep_it(tmp_path: Path) -> None:
     with pytest.raises(HarnessError, match="the box venv cannot limit a job's memory") as caught:
         pipeline.run(path, session.Options(runs=tmp_path / "runs", host_memory_gib=1.0))
     assert "--box docker" in str(caught.value.hint)
+
+
+def test_a_cluster_wants_another_box(tmp_path: Path, ids: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody would remove the containers of a job that the scheduler ended."""
+    cluster = type("Cluster", (), {"name": "slurm"})()
+    monkeypatch.setattr(backends, "get", lambda _: cluster)
+    monkeypatch.setitem(boxes.REGISTRY, "docker", lambda _: DockerBox(tmp_path))
+    path = tmp_path / "both.yaml"
+    path.write_text(MATRIX)
+    with pytest.raises(HarnessError, match="--box docker does not go with --backend slurm") as caught:
+        pipeline.run(path, session.Options(runs=tmp_path / "runs", backend="slurm:site.yaml", box="docker"))
+    assert "pyxis" in str(caught.value.hint)
 
 
 # ---------------------------------------------------------------- the end of a container

@@ -18,7 +18,7 @@ from harness.catalog import nearest
 from harness.errors import HarnessError
 from harness.schema import Command, DeviceType, Environment, EnvironmentName, Job
 
-__all__ = ["MEMORY_LIMITED", "REGISTRY", "Box", "environments_root", "get", "of_site"]
+__all__ = ["MEMORY_LIMITED", "REGISTRY", "SUPERVISED", "Box", "environments_root", "get", "of_site"]
 
 
 class Box(Protocol):
@@ -53,6 +53,8 @@ REGISTRY: dict[str, Callable[[Path | None], Box]] = {
 }
 MEMORY_LIMITED = ("docker",)
 """Boxes that hold a job to its `host_memory_gib`."""
+SUPERVISED = ("docker",)
+"""Boxes whose jobs need somebody to run their `cleanup`, as the supervisor of the local backend does."""
 
 
 def get(name: str, root: Path | None = None) -> Box:

@@ -20,7 +20,7 @@ NOISY = 0.10
 """Coefficient of variation of the step time from which a case is called noisy (our own threshold)."""
 UNEVEN = 1.20
 """Ratio between ranks, of memory or of time before the first collective, from which it is named (our own threshold)."""
-IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "seq_len", "concurrency",
+IN_COLUMNS = frozenset({"kind", "variant", "device", "method", "strategy", "devices", "nodes", "seq_len", "concurrency",
                         "input_len", "output_len", "adapter", "interface", "p2p", "sizes_bytes",
                         *NOT_IDENTITY})  # fmt: skip
 """Case fields that the tables show, or that follow from one they show."""

@@ -106,4 +106,4 @@ def test_a_bundle_is_installed_and_used_with_the_network_off(cpu_images: dict[st
     assert record["status"] == "measured"
     (environment,) = record["provenance"]["environments"]
     assert (environment["box"], environment["pinned"]) == ("venv", True)
-    assert record["provenance"]["commit"] == build.revision_of(CHECKOUT)
+    assert record["provenance"]["commit"] == json.loads((tmp_path / "bundle/bundle.json").read_text())["revision"]

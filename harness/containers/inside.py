@@ -83,6 +83,8 @@ def load(package: str, pattern: str) -> None:
     found = [path for folder in spec.submodule_search_locations for path in glob.glob(os.path.join(folder, pattern))]
     if not found:
         raise LookupError(f"{package} has no {pattern}")
+    if importlib.util.find_spec("torch"):
+        importlib.import_module("torch")  # its libraries are what many extensions are linked with
     for path in found:
         ctypes.CDLL(path)
 

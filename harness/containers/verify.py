@@ -35,10 +35,12 @@ KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("causal-conv1d's CUDA extension", "imports", "causal_conv1d_cuda"),
         ("bitsandbytes' CUDA library", "native", "bitsandbytes:libbitsandbytes_cuda{cuda}.so"),
     ),
-    "serve-cpu": (("vLLM's compiled extension", "native", "vllm:_C*.so"),),
+    # Not its _C_AVX2 and _C_AVX512 too: each stands for the same operators, and two in one process crash.
+    "serve-cpu": (("vLLM's compiled extension", "native", "vllm:_C.abi3.so"),),
     "serve-cuda": (
-        ("vLLM's compiled extension", "native", "vllm:_C*.so"),
+        ("vLLM's compiled extension", "native", "vllm:_C_stable_libtorch*.so"),
         ("vLLM's MoE kernels", "native", "vllm:_moe_C*.so"),
+        ("vLLM's FlashAttention 3", "native", "vllm:vllm_flash_attn/_vllm_fa3_C*.so"),
     ),
 }
 """What must be there beside Python code: what it is, how it is tried, and its import name or `package:file`."""

@@ -441,3 +441,45 @@ def test_an_abort_after_a_time_out_is_no_crash_of_its_own(tmp_path: Path) -> Non
     assert triage([tmp_path]).failure_class == "coll_mismatch"
     (tmp_path / "log").write_text("[rank0]: step 3/9\nFatal Python error: Aborted")
     assert triage([tmp_path]).failure_class == "app_exception"
+
+
+MENTIONED = """\
+No valid checkpoint found in output directory, training from scratch
+trust_remote_code is set; this model's custom code is used
+quantization: none (bnb_4bit_compute_dtype is ignored)
+adapter_config.json written to out
+invalid JSON in line 17 of train.jsonl, row skipped
+retrying download (Connection reset by peer), attempt 2
+port 29500 is in use, using 29501
+batch size 7 is not divisible by 2, last batch dropped
+flash_attn is not installed, falling back to sdpa
+Could not load library libcudnn_ops.so, cuDNN is not used
+Permission denied while writing the cache, going on without
+kv cache dtype fp8 is not supported on this device, auto is used
+memory usage threshold set to 95%
+time limit of this job: 01:00:00
+signal handler for SIGTERM installed"""
+
+
+@pytest.mark.parametrize("line", MENTIONED.splitlines())
+def test_what_a_run_only_mentions_is_no_failure_even_where_the_log_is_cut(tmp_path: Path, line: str) -> None:
+    cut = f"step 1/90 loss 2.1\n{line}\nstep 2/90 loss 2.0\n"
+    assert of(tmp_path, log=cut).failure_class == "unknown"
+    (tmp_path / "log").write_text(f"{cut}step 90/90 loss 1.0\n{{'train_runtime': 3.0}}\n")
+    assert triage([tmp_path]).failure_class == "no_failure"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("ValueError: Unexpected keyword argument bnb_4bit_quant_tpye", "quant_setup"),
+        ("ValueError: `.half()` is not supported for quantized model.", "quant_setup"),
+        ("ValueError: Can't find 'adapter_config.json' at 'out'", "peft_config"),
+        ("Memory on the node was 60.1GB / 62.0GB, which exceeds the memory usage threshold of 0.95.", "oom_host"),
+        ("RuntimeError: CUDA out of memory occurred when warming up sampler with 256 dummy requests.",
+         "serve_oom_profile"),
+        ("harness.payload.model.TargetError: LoRA target `odd` matches nothing in this model.", "peft_config"),
+    ],
+)  # fmt: skip
+def test_the_same_words_in_an_error_are_one(tmp_path: Path, line: str, name: str) -> None:
+    assert of(tmp_path, log=f"step 1/90 loss 2.1\n{line}\n").failure_class == name

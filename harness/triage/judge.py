@@ -16,6 +16,7 @@ from harness.triage.blame import NOBODY, Blame
 from harness.triage.gather import Event, Facts, quote
 from harness.triage.numbers import with_steps
 from harness.triage.signature import kinds
+from harness.triage.survival import survived
 from harness.triage.vocabulary import clock
 
 MAX_EVIDENCE = 8
@@ -92,16 +93,8 @@ def _initiating(files: Files) -> list[Event]:
 
 
 def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
-    """Whether the run went on and ended well, or the server went on answering, after this."""
-    facts = next(one for one in files.facts if one.file == event.file)
-    ended = any(line > event.line and attempt == facts.attempts for line, _, attempt in facts.good_ends)
-    on = any(mark.line > event.line for mark in facts.marks.values())
-    if event.failure_class == "nan_loss":
-        return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
-    if event.signature is not None:
-        return ended and on
-    answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
-    return ended or on or answered
+    """Whether the program evidently went on after this."""
+    return survived(next(one for one in files.facts if one.file == event.file), event, others)
 
 
 def _first(files: Files, candidates: Sequence[Event]) -> Event:

@@ -1,0 +1,27 @@
+"""What looks like a failure, and after which the program evidently went on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from harness.triage.gather import Event, Facts
+from harness.triage.signature import kinds
+
+
+def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
+    """Whether the run went on and ended well, or the server went on answering, after this."""
+    ended = any(line > event.line and attempt == facts.attempts for line, _, attempt in facts.good_ends)
+    on = any(mark.line > event.line for mark in facts.marks.values())
+    if event.failure_class == "nan_loss":
+        return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
+    if event.signature is not None:
+        return (ended and on) or _only_mentioned(facts, event)
+    answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
+    return ended or on or answered
+
+
+def _only_mentioned(facts: Facts, event: Event) -> bool:
+    """Whether words that ordinary messages use too stand in no exception, and their speaker stepped on."""
+    steps = facts.marks.get(-1 if event.who.rank is None else event.who.rank)
+    spoken_of = event.failure_class == "peer_lost" or kinds()[event.failure_class].spoken_of
+    return spoken_of and not event.kind and steps is not None and steps.line > event.line

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 from harness.events import EventLog
 from harness.payload import data, sampler, versions
-from harness.payload.journal import Journal, describe
+from harness.payload.journal import Journal, describe, host_name
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets", "triton", "mamba_ssm",
              "causal_conv1d", "flash_attn")  # fmt: skip
@@ -76,10 +75,10 @@ def run(job: dict[str, Any], journal: Journal) -> None:
     from harness.payload.meter import MemoryMeter
     from harness.payload.trainer import checkpoint
 
+    with journal.during("load"):
         room.check_disk(case, variant, keep)
         if device != "cpu" and case["memory_cap_gib"] is None:  # a cap looks for itself
             room.check_gpu(device)
-    with journal.during("load"):
         memory = MemoryMeter(journal, device, cap.impose(case, device, journal), warm=earlier_cases > 0)
         memory.restart()
         tokenizer = load_tokenizer(case, variant)
@@ -143,11 +142,6 @@ def communication(case: dict[str, Any]) -> str:
     if case["device"] == "cpu":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if case["cpu_offload"] else "nccl"
-
-
-def host_name() -> str:
-    """This host, by the name that a scheduler knows it by, where there is one."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def forget_launcher() -> None:

@@ -48,6 +48,10 @@ COMMON = {
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """A CPU case must not find the GPU of the machine that it happens to run on."""
 
+EAGER_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
+"""vLLM compiles some functions by decorator whatever `enforce_eager` says; on a CPU that needs a C++ compiler, which no
+image of ours has (seen, vLLM 0.32, an adapter on tiny-hybrid)."""
+
 CPU_RANKS = {"GLOO_SOCKET_IFNAME": "lo"}
 """The ranks share a host: no look-up of its name, which fails on many."""
 
@@ -196,7 +200,7 @@ def _serve_job(cases: Sequence[tuple[str, ServeCase]], job_id: str, model: dict[
         environment="serve",
         case_ids=tuple(name for name, _ in cases),
         argv=("python", "-m", "harness.payload.serve", "job.json"),
-        env=_env(first.device, first.devices, "serve"),
+        env=_env(first.device, first.devices, "serve") | (EAGER_ON_CPU if _eager_on_cpu(first) else {}),
         mounts=_mounts(first.weights, first.adapter),
         device=first.device,
         devices=first.devices,
@@ -236,6 +240,10 @@ def _probe_env(case: ProbeCase) -> dict[str, str]:
     if case.debug:
         found |= PROBE_DEBUG[case.device]
     return found
+
+
+def _eager_on_cpu(case: ServeCase) -> bool:
+    return case.device == "cpu" and case.enforce_eager
 
 
 def _train_argv(case: TrainCase) -> tuple[str, ...]:

@@ -72,6 +72,13 @@ def test_jobs_of_a_chain(snapshot: SnapshotAssertion) -> None:
     assert "\n\n".join(text(each) for each in launch.jobs((chain,), 3)) == snapshot
 
 
+def test_what_is_served_eagerly_on_a_cpu_compiles_nothing() -> None:
+    """No image of ours has a C++ compiler."""
+    assert job(changed(TINY_SERVE, enforce_eager=True)).env["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in job(TINY_SERVE).env
+    assert "TORCHDYNAMO_DISABLE" not in job(changed(SERVE, enforce_eager=True)).env
+
+
 # ---------------------------------------------------------------- grouping
 
 

@@ -260,6 +260,20 @@ def test_a_second_build_with_nothing_changed_asks_for_nothing(root: Path, fake: 
     assert (second.image, len(fake.builds)) == (first.image, 1)
 
 
+def test_images_lock_names_the_base_of_now_where_it_changed_while_a_build_ran(root: Path, fake: FakeEngine) -> None:
+    newer = f"base {IMAGE}\nbuild {BUILD_BASE}\n"
+
+    def answer(argv: list[str]) -> tuple[int, str, str]:
+        (root / "images/base/packages.lock").write_text(newer)
+        return 0, installed(WHEELS), ""
+
+    fake.answer = answer
+    built = do_build(root, fake)
+    noted = imagelock.read(root / "images/images.lock")
+    assert noted.base is not None
+    assert (noted.base.digest, built.image.base) == (IMAGE, BASE)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

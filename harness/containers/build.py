@@ -94,7 +94,8 @@ def build(request: Request, root: Path, say: Say, client: DockerClient | None = 
     client = client or engine.connect(BUILD_TIMEOUT_S)
     standing = _standing(lock_file.images.get(name), found, bases, recipe, client)
     image = standing or _build(request, root, found, bases, recipe, client, say)
-    if standing is None:
+    base = base_of(root)  # as it is now: a build may take an hour
+    if standing is None or lock_file.base != base:
         imagelock.change(path, lambda lock: imagelock.with_image(imagelock.with_base(lock, base), name, image))
     seconds = (datetime.datetime.now(datetime.UTC) - began).total_seconds()
     return Built(name=name, image=image, unchanged=standing is not None, seconds=seconds)

@@ -16,7 +16,7 @@ from harness.session import Options
 from harness.summary import summarize
 
 CASSETTES = Path(__file__).parent / "cassettes"
-NAMES = ("cpu", "h200", "probe", "h200x2-probe")
+NAMES = ("cpu", "h200", "h200-serve", "h200x2-ddp", "probe", "h200x2-probe")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_cassette_that_lacks_a_planned_case_says_which(tmp_path: Path) -> None
 
 def test_cassettes_are_small_and_tell_nothing_of_the_machine_they_were_recorded_on() -> None:
     files = [path for path in CASSETTES.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 600_000
+    assert sum(path.stat().st_size for path in files) < 1_000_000
     for path in files:
         text = path.read_text()
         assert not re.search(r"/(?:work|tmp|root|home|opt|mnt)/", text), path

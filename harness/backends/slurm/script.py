@@ -158,7 +158,10 @@ def _scratch(order: Order) -> list[str]:
         "caches=$scratch_root/harness-${USER:-$(id -un)}/caches",
         "export APPTAINER_BIND=$scratch_root",
         "export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface} # what was fetched stays where it is",
-        "export TMPDIR=$scratch/tmp TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor",
+        "export TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor",
+        "# vLLM makes sockets in TMPDIR, and the kernel takes no path of one longer than 107 characters.",
+        "tmp=$scratch/tmp",
+        "if [ ${#tmp} -le 60 ]; then export TMPDIR=$tmp; fi",
         "export VLLM_CACHE_ROOT=$caches/vllm XDG_CACHE_HOME=$caches",
     ]
 

@@ -7,6 +7,7 @@ Flight Recorder; what survivors saw; errors that only pass on others; a crash; r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ MAX_EVIDENCE = 8
 MAX_TIMELINE = 24
 CHAINED_LINES = 150
 """An exception that no signature knows, this close before one that is known, belongs to it."""
-_HARD_CRASH = ("egmentation fault", "SIGSEGV", "-11", "139", "signal 11", "error: Bus", "error: Illegal")
+_HARD_CRASH = re.compile(r"egmentation fault|SIGSEGV|signal 11\b|(?<![\w.:-])(?:-11|139)\b|error: (?:Bus|Illegal)")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
     return survived(next(one for one in files.facts if one.file == event.file), event, others)
 
 
+def _failed_first(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
+    """Whether torchrun saw this rank fail first and this is its last exception; marks below it are other ranks'."""
+    first = {rank for rank, code, _, _, _, attempt in facts.tables if attempt == facts.attempts and code == 1}
+    last = max((one.line for one in others if one.who.rank == event.who.rank and one.signature is None), default=0)
+    return event.who.rank in first and event.line == last
+
+
 def _first(files: Files, candidates: Sequence[Event]) -> Event:
     """The first in time; an exception that no signature knows gives way to a known one of the same chain."""
     first = candidates[0]
@@ -127,7 +135,7 @@ def _initiated(files: Files) -> LogVerdict | None:
 
 def _crashes(files: Files) -> list[Event]:
     crashes = [one for facts in files.facts for one in facts.crashes if one.attempt == facts.attempts]
-    return [one for one in crashes if any(word in one.text for word in _HARD_CRASH)]
+    return [one for one in crashes if _HARD_CRASH.search(one.text)]
 
 
 def _crashed(files: Files) -> LogVerdict | None:

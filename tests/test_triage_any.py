@@ -483,3 +483,16 @@ def test_what_a_run_only_mentions_is_no_failure_even_where_the_log_is_cut(tmp_pa
 )  # fmt: skip
 def test_the_same_words_in_an_error_are_one(tmp_path: Path, line: str, name: str) -> None:
     assert of(tmp_path, log=f"step 1/90 loss 2.1\n{line}\n").failure_class == name
+
+
+def test_the_rank_that_the_launcher_saw_fail_did_not_survive_its_error(tmp_path: Path) -> None:
+    table = TABLE.replace(" 1 (local_rank: 1)", " 9 (local_rank: 9)").replace(
+        " 0 (local_rank: 0)", " 1 (local_rank: 1)"
+    )
+    raised = "[rank1]: AssertionError: labels outside the classes"
+    found = of(tmp_path, log=f"step 2/8\n{raised}\nstep 3/8\n{table.format(other=72, listed=72)}")
+    assert (found.failure_class, found.culprit and found.culprit.rank) == ("app_exception", 1)
+    failed = "E0301 10:11:10.139000 70 torch/x/api.py:986] failed (exitcode: -6) local_rank: 0"  # 139 is no exit code
+    waited = WATCHDOG.format(rank=0, what="ALLREDUCE", size=8)
+    (tmp_path / "log").write_text(f"{failed}\n{waited}")
+    assert triage([tmp_path]).failure_class == "coll_timeout"

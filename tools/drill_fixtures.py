@@ -70,7 +70,9 @@ def copy(drill: Path, out: Path) -> int:
     truth = Truth.model_validate_json((drill / "truth.json").read_text())
     if fault := {one.name: one for one in faults()}.get(truth.fault):  # what a log can show may be known better by now
         shown = truth_of(fault, truth.debug)
-        truth = truth.model_copy(update={"shown_culprit": shown.shown_culprit, "why": shown.why})
+        truth = truth.model_copy(
+            update={name: getattr(shown, name) for name in ("shown_class", "shown_culprit", "why")}
+        )
     (target / "truth.json").write_text(names.replaced(truth.model_dump_json(indent=1)) + "\n")
     for path in sorted((drill / "seen").rglob("*")):
         if path.is_file() and not path.is_symlink() and path.stat().st_size:

@@ -16,6 +16,8 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
         return (ended and on) or _only_mentioned(facts, event)
+    if any(rank == event.who.rank and code not in (None, 0, -15) for rank, code, *_ in facts.tables):
+        return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
     return ended or on or answered
 

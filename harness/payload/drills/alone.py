@@ -189,7 +189,8 @@ def quantized_by_absentee() -> None:
 
     folder = _saved()
     text = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(text.rstrip()[:-1] + ', "quantization_config": {"quant_method": "gptq", "bits": 4}}\n')
+    more = '"quantization_config": {"quant_method": "gptq", "bits": 4}'
+    (folder / "config.json").write_text(f"{text.rstrip()[:-1]}, {more}}}\n")
     AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -30,8 +30,9 @@ NEEDS_GPU = (
 KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "train-cpu": (("bitsandbytes' CPU library", "native", "bitsandbytes:libbitsandbytes_cpu.so"),),
     "train-cuda": (
-        ("mamba-ssm's CUDA extension", "imports", "selective_scan_cuda"),
+        # Its extension finds torch's libraries only once torch is loaded, as this does.
         ("mamba-ssm's Mamba-2 kernels", "imports", "mamba_ssm.ops.triton.ssd_combined"),
+        ("mamba-ssm's CUDA extension", "imports", "selective_scan_cuda"),
         ("causal-conv1d's CUDA extension", "imports", "causal_conv1d_cuda"),
         ("bitsandbytes' CUDA library", "native", "bitsandbytes:libbitsandbytes_cuda{cuda}.so"),
     ),

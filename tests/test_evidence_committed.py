@@ -49,3 +49,13 @@ def test_the_evidence_stays_small() -> None:
     listed = subprocess.run(["git", "ls-files", "-z", "reports"], cwd=ROOT, capture_output=True, check=True).stdout
     sizes = [(ROOT / name).stat().st_size for name in listed.decode().split("\0") if name]
     assert sum(sizes) < 10 * 1024 * 1024
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "reports").glob("build-*/*.json")), ids=lambda path: path.stem)
+def test_a_built_image_was_verified_and_its_package_list_stands_beside_it(path: Path) -> None:
+    built = json.loads(path.read_text(encoding="utf-8"))
+    assert built["verify"]["image"] == built["image"]["image"]
+    assert [check for check in built["verify"]["checks"] if check["state"] == "wrong"] == []
+    assert not built["image"]["source_revision"].endswith("-dirty")
+    listed = path.with_suffix(".packages.txt").read_text(encoding="utf-8").splitlines()
+    assert len(listed) == built["package_list"]["python"] + built["package_list"]["debian"]

@@ -1,6 +1,7 @@
 """The evidence under reports/: it renders with no GPU and no network, it is small, and the README says what it says."""
 
 import importlib
+import json
 import subprocess
 from pathlib import Path
 from types import ModuleType

@@ -1,6 +1,6 @@
 """Jobs in real containers: what they may reach, how they end, and that nothing of them stays. With stub payloads.
 
-The real payloads in the real images are tests/e2e/test_containers.py.
+The real payloads in the real images are tests/e2e/test_in_containers.py.
 """
 
 from __future__ import annotations

@@ -110,6 +110,11 @@ def _counts(record: Record) -> bool:
     return diagnosis is None or diagnosis.failure_class not in NOT_OF_THE_CASE
 
 
+def _crowded(record: Record) -> bool:
+    """Whether others held the GPU: a ladder answers that too, with no rung but the reason."""
+    return bool(record.last and record.last.diagnosis and record.last.diagnosis.failure_class == "oom_gpu_contention")
+
+
 def _tip(session_: Session, record: Record, children: dict[str, Record]) -> Record | None:
     """The last record of the chain that begins at `record`, all of which this call looks after from now on."""
     for _ in range(MAX_CHAIN):
@@ -138,7 +143,7 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
     """The case that the ladder of `record` goes on with; the record says why where there is none."""
     chain = _chain(session_, record)
     asked = session_.plan.ladders.get(chain[0].case_id)
-    if not asked or not _counts(record) or chain[0].status != "failed":
+    if not asked or chain[0].status != "failed" or not (_counts(record) or _crowded(record)):
         return None
     tried = [_tried(one) for one in chain]
     means = _means(session_, record.case)

@@ -161,7 +161,7 @@ def test_kill_after_kill_the_same_ladder_is_climbed_once(tmp_path: Path) -> None
         control = subprocess.Popen(argv, env=os.environ | {"STUBS": str(tmp_path / "stubs.json")},
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         try:
-            control.wait(dice.uniform(0.8, 2.5) if kills < 4 else 60)
+            control.wait(dice.uniform(0.5, 1.2) if kills < 4 else 60)
             break
         except subprocess.TimeoutExpired:
             control.kill()

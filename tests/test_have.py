@@ -49,7 +49,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def digest(bench: Bench, monkeypatch: pytest.MonkeyPatch, **by_name: str) -> None:
     """Give environments these digests from now on."""
 
-    def environment(name: Any) -> Environment:
+    def environment(name: Any, device: str = "cpu") -> Environment:
         found = by_name.get(name, "sha256:0")
         return Environment(name=name, box="stub", digest=found, pinned=False, python="3", libraries={})
 

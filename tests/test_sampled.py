@@ -99,6 +99,7 @@ class Now:
     records: tuple[Any, ...] = ()
     kept: frozenset[str] = frozenset()
     seconds_left: float | None = None
+    added: int = 0
 
 
 @pytest.mark.parametrize(("gpu", "text"), [

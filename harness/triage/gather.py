@@ -124,6 +124,7 @@ class Gatherer:
         self._counts: dict[str, int] = {}
         self._begun = self._ended = False
         self._after_frame = self._stopping = False
+        self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
         self._table: dict[str, str] | None = None
         self._relevance = Relevance()
         self._may: frozenset[str] = frozenset()
@@ -235,7 +236,8 @@ class Gatherer:
         for index, signature in _candidates(self._may):
             if not signature.pattern.search(text) or not signature.holds_for(text):
                 continue
-            if signature.role == "initiating" and kinds()[signature.failure_class].spoken_of and _calm(text):
+            spoken_of = kinds()[signature.failure_class].spoken_of
+            if signature.role == "initiating" and (_advises(text) or (spoken_of and _calm(text))):
                 continue
             if signature.looks_around:
                 context = self._context(text, speaker) if context is None else context
@@ -303,6 +305,10 @@ class Gatherer:
             step = int(found["step"] or found["bar"])
             if whole := words.TOTAL.search(text, found.start()):
                 facts.total = (int(whole["step"]), int(whole["of"]))
+            bar = (speaker.rank, found["bar"], found["of"])
+            if found["bar"] and bar in self._bars:
+                return  # a bar says its last count once more when an exception closes it
+            self._bars.append(bar)
             facts.marks[-1 if speaker.rank is None else speaker.rank] = Mark(
                 step, number, text, self._t, facts.attempts
             )
@@ -353,6 +359,11 @@ class Gatherer:
 def _calm(text: str) -> bool:
     """Whether a line is an ordinary message, a setting or a command line."""
     return bool(words.CALM.search(text)) and not words.EXCEPTION.search(text) and "NCCL WARN" not in text
+
+
+def _advises(text: str) -> bool:
+    """Whether a line says what to do if something happens, which it has not."""
+    return bool(words.ADVICE.search(text)) and not words.EXCEPTION.search(text)
 
 
 _SAYING = frozenset({"exception", "crash", "telling"})

@@ -98,13 +98,6 @@ def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
     return survived(next(one for one in files.facts if one.file == event.file), event, others)
 
 
-def _failed_first(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
-    """Whether torchrun saw this rank fail first and this is its last exception; marks below it are other ranks'."""
-    first = {rank for rank, code, _, _, _, attempt in facts.tables if attempt == facts.attempts and code == 1}
-    last = max((one.line for one in others if one.who.rank == event.who.rank and one.signature is None), default=0)
-    return event.who.rank in first and event.line == last
-
-
 def _first(files: Files, candidates: Sequence[Event]) -> Event:
     """The first in time; an exception that no signature knows gives way to a known one of the same chain."""
     first = candidates[0]
@@ -119,6 +112,8 @@ def _says_more(other: Event, first: Event) -> bool:
     """Whether a later line of a chain names the cause better: a known error, NCCL's last one, a sought adapter."""
     if first.signature is None:
         return other.signature is not None
+    if first.kind.endswith("ValidationError"):  # pydantic's first line names only the field
+        return other.signature is not None and 0 < other.line - first.line <= 3
     if first.failure_class == "nccl_invalid_usage":  # NCCL's own last error stands some lines below its code
         return other.failure_class.startswith("nccl_") and other.failure_class != first.failure_class
     return first.failure_class == "hub_access" and other.failure_class == "peft_config"

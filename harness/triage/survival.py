@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from harness.triage.gather import Event, Facts
 from harness.triage.signature import kinds
+
+_ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 
 
 def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
@@ -15,7 +18,7 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     if event.failure_class == "nan_loss":
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
-        return (ended and on) or _only_mentioned(facts, event)
+        return (ended and on) or _only_mentioned(facts, event) or _one_request(facts, event)
     if any(rank == event.who.rank and code not in (None, 0, -15) for rank, code, *_ in facts.tables):
         return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
@@ -27,3 +30,10 @@ def _only_mentioned(facts: Facts, event: Event) -> bool:
     steps = facts.marks.get(-1 if event.who.rank is None else event.who.rank)
     spoken_of = event.failure_class == "peer_lost" or kinds()[event.failure_class].spoken_of
     return spoken_of and not event.kind and steps is not None and steps.line > event.line
+
+
+def _one_request(facts: Facts, event: Event) -> bool:
+    """Whether what a client sent to a running server was at fault: the server answered others after it."""
+    before = any(line < event.line for line, _, _ in facts.serving)
+    good = any(line > event.line and _ANSWERED.search(text) for line, text, _ in facts.serving)
+    return event.failure_class in ("data_format", "hub_access") and before and good

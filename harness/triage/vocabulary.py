@@ -48,12 +48,13 @@ GOOD_END = re.compile(
     r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
     r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All"
     r"|all (?:ranks|tests|workers)) "
-    r"(?:is |has |was |run |job |ranks |tests )?(?:complete|completed|COMPLETED?|finished|done|succeeded"
+    r"(?:is |has |was |run |job |ranks |tests )?(?:complete|[Cc]ompleted|COMPLETED?|finished|done|succeeded"
     r"|successful|successfully|passed|ended (?:normally|successfully))\b"
     r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code"
     r"|status):? ?0\b|\(code=0\)"
     r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|exiting with code 0"
-    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish|[Mm]odel saved (?:to|in"
+    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish"
+    r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
 SERVING = re.compile(
@@ -66,6 +67,10 @@ CALM = re.compile(
     r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
 )
 """Ordinary messages, settings and command lines."""
+ADVICE = re.compile(
+    r"\b(?:[Tt]ip|[Hh]int|TIP|HINT): |\b[Ii]f you (?:see|get|encounter|run into|hit)\b|\b[Ii]n case (?:of|you)\b"
+)
+"""What to do if something happens."""
 NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 
 SHUTDOWN = "[shutdown] "

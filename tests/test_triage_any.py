@@ -29,8 +29,10 @@ from harness.scrub import plain
 from harness.triage import as_json, triage
 from harness.triage.signature import kinds, signatures
 
-ANY: dict[str, list[dict[str, Any]]] = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "any.yaml")
-CASES = [(name, index, case) for name, cases in ANY.items() for index, case in enumerate(cases)]
+Cases = dict[str, list[dict[str, Any]]]
+ANY: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "any.yaml")
+HOSTS: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "hosts.yaml")
+CASES = [(name, index, case) for name in ANY for index, case in enumerate([*ANY[name], *HOSTS.get(name, [])])]
 
 
 def of(tmp_path: Path, **files: str) -> LogVerdict:
@@ -62,6 +64,7 @@ def test_a_log_of_each_class(tmp_path: Path, name: str, index: int, case: dict[s
 
 def test_every_class_of_the_taxonomy_has_a_log() -> None:
     assert set(ANY) == set(kinds())
+    assert set(HOSTS) <= set(ANY)
     assert {signature.failure_class for signature in signatures()} - set(kinds()) <= {"not_as_requested"}
 
 

@@ -19,6 +19,7 @@ _SPEAKER = re.compile(r"^(?:\W{0,4}\[(?:rank|default|Rank )#\]:?\s*|RANK #: ?)*"
 _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
 
 _SELF = ("127.0.0.1", "localhost", "::1")
+_NEIGHBOUR = re.compile(r"(?:closed by localRank |retrieving ncclUniqueId from \[)(\d{1,6})")
 _BARRED = re.compile(r"Ranks? (\d{1,6}) failed to pass monitoredBarrier")
 
 
@@ -124,7 +125,7 @@ def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
             if attempt == facts.attempts and code not in (None, 0, -15, 1, -6):
                 return Blame(Culprit(rank=rank, host=host), "established")
     hosts = {found["host"] for one in events if (found := _PEER.search(one.text)) and found["host"] not in _SELF}
-    local = {int(found[1]) for one in events if (found := re.search(r"closed by localRank (\d{1,6})", one.text))}
+    local = {int(found[1]) for one in events if (found := _NEIGHBOUR.search(one.text))}
     if len(hosts) == 1:
         return Blame(Culprit(host=hosts.pop()), "supported")
     if len(local) == 1:

@@ -37,6 +37,7 @@ _WORK = re.compile(
 )
 _FAILED_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6}) \(local_rank: \d{1,5}\)")
 _ENDED = re.compile(r"exitcode\s*: -?\d{1,3} \(pid: (\d{1,9})\)")
+_EXITED = re.compile(r"[Gg]lobal rank (\d{1,6}) \(PID \d{1,9}\) exited with code (-?\d{1,3})\b")
 _CLOSED = re.compile(r"Sending process (\d{1,9}) closing signal")
 _ASKED = re.compile(r"distributed_c10d\.py\", line \d{1,6}, in (?!wrapper\b|_)(\w{1,60})")
 _HEAD = re.compile(
@@ -122,6 +123,8 @@ class Gatherer:
         self._phase = ""
         self._t: float | None = None
         self._counts: dict[str, int] = {}
+        self._ignored: dict[str, int] = {}
+        """Speaker -> line after which Python prints an exception that it goes on after."""
         self._begun = self._ended = False
         self._after_frame = self._stopping = False
         self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
@@ -164,6 +167,8 @@ class Gatherer:
         if "closed" in self._may and (closed := _CLOSED.search(text)):
             self.facts.closed.add(closed[1])
         self._progress(number, text, speaker)
+        if words.IGNORED.search(text):
+            self._ignored[speaker.key] = number
         if self._may & _SAYING or any(name.startswith(("signature:", "number:")) for name in self._may):
             self._said(number, text, speaker)
 
@@ -207,8 +212,11 @@ class Gatherer:
     # ------------------------------------------------------------ events
 
     def _event(self, number: int, text: str, speaker: words.Who) -> None:
-        found = self._signature(text, speaker)
         raised = self._asked("exception", words.EXCEPTION, text)
+        if raised and number - self._ignored.pop(speaker.key, -MAX_FRAMES) < MAX_FRAMES:
+            self._frames.pop(speaker.key, None)
+            return
+        found = self._signature(text, speaker)
         if found is not None:
             if found.role == "advice" or (self._stopping and found.weak and found.role == "cascade"):
                 return
@@ -340,6 +348,8 @@ class Gatherer:
             self.facts.failed.add(int(failed[1]))
         if ended := _ENDED.search(text):
             self.facts.listed.add(ended[1])
+        if (left := _EXITED.search(text)) and left[2] not in ("0", "-15"):
+            self.facts.tables.append((int(left[1]), int(left[2]), None, number, quote(text), self.facts.attempts))
         if self._table is None:
             return
         for name, form in (("rank", _TABLE_RANK), ("host", _TABLE_HOST), ("exit", _TABLE_EXIT)):

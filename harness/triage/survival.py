@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from harness.triage.gather import Event, Facts
 from harness.triage.signature import kinds
 
+_UP = re.compile(r"startup complete|fired up")
 _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 
 
@@ -18,7 +19,7 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     if event.failure_class == "nan_loss":
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
-        return (ended and on) or _only_mentioned(facts, event) or _one_request(facts, event)
+        return (ended and on) or _only_mentioned(facts, event) or _served_on(facts, event)
     if any(rank == event.who.rank and code not in (None, 0, -15) for rank, code, *_ in facts.tables):
         return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
@@ -29,11 +30,21 @@ def _only_mentioned(facts: Facts, event: Event) -> bool:
     """Whether words that ordinary messages use too stand in no exception, and their speaker stepped on."""
     steps = facts.marks.get(-1 if event.who.rank is None else event.who.rank)
     spoken_of = event.failure_class == "peer_lost" or kinds()[event.failure_class].spoken_of
-    return spoken_of and not event.kind and steps is not None and steps.line > event.line
+    if not spoken_of or event.kind:
+        return False
+    return (steps is not None and steps.line > event.line) or ("NCCL INFO" in event.text and _all_steps(facts))
 
 
-def _one_request(facts: Facts, event: Event) -> bool:
-    """Whether what a client sent to a running server was at fault: the server answered others after it."""
+def _all_steps(facts: Facts) -> bool:
+    """Whether the count of steps came to its total, after which ranks leave each other as they end."""
+    return facts.total is not None and facts.total[0] >= facts.total[1] > 0
+
+
+def _served_on(facts: Facts, event: Event) -> bool:
+    """Whether a server got over it: it came up after trouble of its set-up, or answered after a client's mistake."""
+    after = [text for line, text, _ in facts.serving if line > event.line]
+    if kinds()[event.failure_class].spoken_of and any(_UP.search(text) for text in after):
+        return True
     before = any(line < event.line for line, _, _ in facts.serving)
-    good = any(line > event.line and _ANSWERED.search(text) for line, text, _ in facts.serving)
-    return event.failure_class in ("data_format", "hub_access") and before and good
+    asked = event.failure_class in ("data_format", "hub_access")
+    return asked and before and any(_ANSWERED.search(text) for text in after)

@@ -12,7 +12,7 @@ CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\
 EXCEPTION = re.compile(
     r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit"
     r"|Failure|Failed|Timeout)"
-    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?)\.[A-Z]\w{0,60})"
+    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?)\.[A-Z]\w{0,60}|(?:(?<!.)|(?<=[\]):] ))Exception(?=: ))"
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
 CRASH = re.compile(
@@ -42,7 +42,7 @@ MARK = re.compile(
     r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
-TOTAL = re.compile(r"(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
+TOTAL = re.compile(r"(?<!\[ t )(?<!, p )(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
     r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|\"kind\":\"end\""
     r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
@@ -53,7 +53,8 @@ GOOD_END = re.compile(
     r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code"
     r"|status):? ?0\b|\(code=0\)"
     r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|exiting with code 0"
-    r"|worker group successfully finished|SUCCEEDED|Successful requests:|agent_finish"
+    r"|worker group successfully finished|exiting program (?:at iteration"
+    r"|after [\d.]{1,9} min)|SUCCEEDED|Successful requests:|agent_finish"
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
@@ -67,6 +68,8 @@ CALM = re.compile(
     r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
 )
 """Ordinary messages, settings and command lines."""
+IGNORED = re.compile(r"Exception ignored in|^\W{0,4}Logging error ---")
+"""What comes before a traceback that Python prints and goes on after."""
 ADVICE = re.compile(
     r"\b(?:[Tt]ip|[Hh]int|TIP|HINT): |\b[Ii]f you (?:see|get|encounter|run into|hit)\b|\b[Ii]n case (?:of|you)\b"
 )
@@ -76,7 +79,7 @@ NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 SHUTDOWN = "[shutdown] "
 """vLLM's own word before each line of an orderly end; what breaks off after the first is part of it."""
 PATTERNS = (
-    r"\[shutdown\] ", '"kind":"end"',
+    r"\[shutdown\] ", "Logging error ---", '"kind":"end"',
     r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",

@@ -131,7 +131,10 @@ def for_lost_peer(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
     if len(local) == 1:
         return Blame(Culprit(rank=local.pop()), "hypothesis")
     ranks = everyone(files)
-    others = ranks - {one.who.rank for one in events}
+    speakers = {one.who.rank for one in events}
+    if all("TCPStore" in one.text for one in events) and not speakers & {0, None}:
+        return Blame(Culprit(rank=0), "hypothesis")  # the store is where rank 0 is
+    others = ranks - speakers
     return Blame(Culprit(rank=others.pop()), "hypothesis") if len(ranks) == 2 and len(others) == 1 else NOBODY
 
 

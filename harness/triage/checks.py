@@ -11,6 +11,9 @@ LARGE_SHARE = 0.25
 CONTEXT_GIB = 2.0
 """What a process may hold beside PyTorch's memory: context, kernels, NCCL's buffers."""
 
+UNKNOWN_GIB = 1e6
+"""What NVML cannot tell of another container's process, PyTorch prints as 2**64 bytes."""
+
 _UNIT_GIB = {"KiB": 1 / 1024**2, "MiB": 1 / 1024, "GiB": 1.0, "bytes": 1 / 1024**3}
 _SIZE = r"(\d[\d.]*) (KiB|MiB|GiB|bytes)"
 _OTHERS = re.compile(rf"Process (\d+) has {_SIZE} memory in use")
@@ -38,7 +41,8 @@ def others(text: str) -> list[tuple[int, float]]:
     Where it does not say what this process has, the one that holds what PyTorch allocated is this process itself:
     inside a container its id is another.
     """
-    listed = [(int(pid), _gib(number, unit)) for pid, number, unit in _OTHERS.findall(text)]
+    said = [(int(pid), _gib(number, unit)) for pid, number, unit in _OTHERS.findall(text)]
+    listed = [one for one in said if one[1] < UNKNOWN_GIB]
     allocated = _BY_TORCH.search(text)
     if _OWN.search(text) or not listed:
         return listed

@@ -21,6 +21,7 @@ MAX_EVENTS_PER_SIGNATURE = 64
 MAX_LINE_CHARS = 4_000
 QUOTE_CHARS = 400
 LAST_LINES = 12
+NEAR_LINES = 6
 
 _SPLIT = re.compile(r"\r|\x1b\[[0-9;?]{0,20}[A-Za-z]|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)")
 _SOURCE = re.compile(
@@ -37,7 +38,10 @@ _WORK = re.compile(
 )
 _FAILED_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6}) \(local_rank: \d{1,5}\)")
 _ENDED = re.compile(r"exitcode\s*: -?\d{1,3} \(pid: (\d{1,9})\)")
-_EXITED = re.compile(r"[Gg]lobal rank (\d{1,6}) \(PID \d{1,9}\) exited with code (-?\d{1,3})\b")
+_EXITED = re.compile(  # what Composer and mpirun say of a rank
+    r"[Gg]lobal rank (?P<rank>\d{1,6}) \(PID \d{1,9}\) exited with code (?P<code>-?\d{1,3})\b"
+    r"|process rank (?P<process>\d{1,6}) with PID \d{1,9} on node \S{1,200} exited on signal (?P<signal>\d{1,2})\b"
+)
 _CLOSED = re.compile(r"Sending process (\d{1,9}) closing signal")
 _ASKED = re.compile(r"distributed_c10d\.py\", line \d{1,6}, in (?!wrapper\b|_)(\w{1,60})")
 _HEAD = re.compile(
@@ -123,6 +127,7 @@ class Gatherer:
         self._phase = ""
         self._t: float | None = None
         self._counts: dict[str, int] = {}
+        self._head: tuple[words.Who, int] = (words.Who(), -NEAR_LINES - 1)
         self._ignored: dict[str, int] = {}
         """Speaker -> line after which Python prints an exception that it goes on after."""
         self._begun = self._ended = False
@@ -158,6 +163,7 @@ class Gatherer:
         self._t = words.time_of(text) or self._t
         if speaker.rank is None and speaker.key in facts.nccl_ranks:
             speaker = words.Who(speaker.key, facts.nccl_ranks[speaker.key], speaker.host, speaker.gpu)
+        speaker = self._carried(number, text, speaker)
         if speaker.rank is not None:
             facts.ranks.add(speaker.rank)
         if self._is_frame(text, speaker):
@@ -171,6 +177,15 @@ class Gatherer:
             self._ignored[speaker.key] = number
         if self._may & _SAYING or any(name.startswith(("signature:", "number:")) for name in self._may):
             self._said(number, text, speaker)
+
+    def _carried(self, number: int, text: str, speaker: words.Who) -> words.Who:
+        """Who says a line of a traceback of which only the head, some lines above, tells the rank."""
+        if words.HEADED.search(text):
+            self._head = (speaker, number)
+        elif not speaker.key and number - self._head[1] <= NEAR_LINES and words.BODY.search(text):
+            self._head = (self._head[0], number)
+            return self._head[0]
+        return speaker
 
     def _said(self, number: int, text: str, speaker: words.Who) -> None:
         if not _SOURCE.search(text):
@@ -348,8 +363,9 @@ class Gatherer:
             self.facts.failed.add(int(failed[1]))
         if ended := _ENDED.search(text):
             self.facts.listed.add(ended[1])
-        if (left := _EXITED.search(text)) and left[2] not in ("0", "-15"):
-            self.facts.tables.append((int(left[1]), int(left[2]), None, number, quote(text), self.facts.attempts))
+        if (left := _EXITED.search(text)) and left["code"] not in ("0", "-15"):
+            rank, code = int(left["rank"] or left["process"]), int(left["code"] or -int(left["signal"]))
+            self.facts.tables.append((rank, code, None, number, quote(text), self.facts.attempts))
         if self._table is None:
             return
         for name, form in (("rank", _TABLE_RANK), ("host", _TABLE_HOST), ("exit", _TABLE_EXIT)):

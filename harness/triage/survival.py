@@ -9,6 +9,7 @@ from harness.triage.gather import Event, Facts
 from harness.triage.signature import kinds
 
 _UP = re.compile(r"startup complete|fired up")
+_NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
 _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 
 
@@ -32,7 +33,15 @@ def _only_mentioned(facts: Facts, event: Event) -> bool:
     spoken_of = event.failure_class == "peer_lost" or kinds()[event.failure_class].spoken_of
     if not spoken_of or event.kind:
         return False
-    return (steps is not None and steps.line > event.line) or ("NCCL INFO" in event.text and _all_steps(facts))
+    return (steps is not None and steps.line > event.line) or _left_at_the_end(facts, event)
+
+
+def _left_at_the_end(facts: Facts, event: Event) -> bool:
+    """Whether a rank only notes, after the last step or a good end, that another left before it."""
+    if event.failure_class != "peer_lost" or not _NOTED.search(event.text):
+        return False
+    last = max((mark.line for mark in facts.marks.values()), default=0)
+    return _all_steps(facts) or any(last < line < event.line for line, _, _ in facts.good_ends)
 
 
 def _all_steps(facts: Facts) -> bool:

@@ -38,7 +38,7 @@ END = re.compile(
     r"|Application shutdown complete|exits with return code|Shutting down|EADDRINUSE|Job step aborted|SystemExit"
 )
 MARK = re.compile(
-    r"(?:[Ss]tep|STEP|iteration|Iteration|iter|Iter|epoch|Epoch"
+    r"(?:[Ss]tep(?!Id)|STEP|iteration|Iteration|iter|Iter|epoch|Epoch"
     r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
@@ -52,7 +52,7 @@ GOOD_END = re.compile(
     r"|successful|successfully|passed|ended (?:normally|successfully))\b"
     r"|[Ff]inished (?:training|successfully)|(?:exit|return)(?:ed)?(?: with)?(?: exit)?[ _-]?(?:code"
     r"|status):? ?0\b|\(code=0\)"
-    r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|exiting with code 0"
+    r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|[Ee]xiting with code 0"
     r"|worker group successfully finished|exiting program (?:at iteration"
     r"|after [\d.]{1,9} min)|SUCCEEDED|Successful requests:|agent_finish"
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
@@ -68,6 +68,9 @@ CALM = re.compile(
     r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
 )
 """Ordinary messages, settings and command lines."""
+HEADED = re.compile(r"xception: Traceback \(most recent call last\)")
+BODY = re.compile(r"^(?:  +\S|Traceback |(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception)\b|Exception: )")
+"""The head of a traceback after other words in its line, and the lines under it, which have no such words."""
 IGNORED = re.compile(r"Exception ignored in|^\W{0,4}Logging error ---")
 """What comes before a traceback that Python prints and goes on after."""
 ADVICE = re.compile(
@@ -122,6 +125,7 @@ _RANK = re.compile(
     r"|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
     r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
     r"|\[\d{1,4},(?P<g>\d{1,6})\]<std|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
+    r"|\"rank\": ?(?P<j>\d{1,6})\b"
 )
 _PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.:a-f]{3,45}))?\)")
 _NCCL = re.compile(r"(?P<host>[\w.-]{1,200}):(?P<pid>\d{1,9}):\d{1,9} \[(?P<gpu>\d{1,3})\] ")

@@ -275,19 +275,8 @@ class Gatherer:
         at = signature.pattern.search(text) if signature else raised
         said, kind = quote(text, at.start() if at else 0), raised["type"] if raised else ""
         gpu = words.gpu_of(text) or speaker.gpu
-        return Event(
-            failure_class,
-            role,
-            signature,
-            self.facts.file,
-            number,
-            said,
-            speaker,
-            gpu,
-            self._t,
-            self.facts.attempts,
-            kind,
-        )
+        return Event(failure_class, role, signature, self.facts.file, number, said, speaker, gpu, self._t,
+                     self.facts.attempts, kind)  # fmt: skip
 
     def _keep(self, event: Event) -> None:
         self._begun = True
@@ -332,9 +321,8 @@ class Gatherer:
             if found["bar"] and bar in self._bars:
                 return  # a bar says its last count once more when an exception closes it
             self._bars.append(bar)
-            facts.marks[-1 if speaker.rank is None else speaker.rank] = Mark(
-                step, number, text, self._t, facts.attempts
-            )
+            whose = -1 if speaker.rank is None else speaker.rank
+            facts.marks[whose] = Mark(step, number, text, self._t, facts.attempts)
         elif speaker.rank is not None and self._asked("sized", _SIZED, text) and len(facts.sized) < 200:
             said = _HEAD.sub("", text)
             of_rank = facts.sized.setdefault(NUMBER.sub("#", said), {})

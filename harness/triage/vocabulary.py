@@ -69,7 +69,10 @@ CALM = re.compile(
 )
 """Ordinary messages, settings and command lines."""
 HEADED = re.compile(r"xception: Traceback \(most recent call last\)")
-BODY = re.compile(r"^(?:  +\S|Traceback |(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception)\b|Exception: )")
+BODY = re.compile(
+    r"^(?:  +\S|Traceback |(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception)\b"
+    r"|Exception: )"
+)
 """The head of a traceback after other words in its line, and the lines under it, which have no such words."""
 IGNORED = re.compile(r"Exception ignored in|^\W{0,4}Logging error ---")
 """What comes before a traceback that Python prints and goes on after."""
@@ -95,7 +98,7 @@ PATTERNS = (
     "[Ss]tep", "STEP",
     "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
     "COMPLETE",
-    "finished", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
+    "finished", " done", "xiting program", "xiting with", "lobal rank", "process rank", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
     "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
     r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",

@@ -16,7 +16,8 @@ _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     """Whether the run went on and ended well, or the server went on answering, after this."""
     ended = any(line > event.line and attempt == facts.attempts for line, _, attempt in facts.good_ends)
-    on = any(mark.line > event.line for mark in facts.marks.values())
+    own = facts.marks.get(event.who.rank) if event.who.rank is not None else None
+    on = own.line > event.line if own else any(mark.line > event.line for mark in facts.marks.values())
     if event.failure_class == "nan_loss":
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:

@@ -85,7 +85,8 @@ NCCL_RANK = re.compile(r"\brank (?P<rank>\d{1,6}) nranks (?P<world>\d{1,6})")
 SHUTDOWN = "[shutdown] "
 """vLLM's own word before each line of an orderly end; what breaks off after the first is part of it."""
 PATTERNS = (
-    r"\[shutdown\] ", "Logging error ---", '"kind":"end"',
+    r"\[shutdown\] ", " done", "xiting program", "xiting with", "lobal rank", "process rank",
+    "Logging error ---", '"kind":"end"',
     r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
@@ -98,7 +99,8 @@ PATTERNS = (
     "[Ss]tep", "STEP",
     "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
     "COMPLETE",
-    "finished", " done", "xiting program", "xiting with", "lobal rank", "process rank", "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
+    "finished", " done", "xiting program", "xiting with", "lobal rank", "process rank",
+    "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
     "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
     r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",

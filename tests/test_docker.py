@@ -209,6 +209,8 @@ def harness(bench: Bench, checkout: Path) -> Iterator[Callable[..., subprocess.P
             subprocess.Popen(
                 [sys.executable, str(containers.__file__), *argv], env=env, text=True, stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                # As from a terminal: what a shell starts in the background ignores Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )  # fmt: skip
         wait_for(lambda: any(bench.directory.jobs_dir.glob("*/events.rank0.jsonl")) or started[-1].poll(), 60)

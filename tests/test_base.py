@@ -90,6 +90,22 @@ def test_a_package_that_is_not_what_the_list_names_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_mirror_is_the_one_that_was_named_or_that_apt_uses(
+    base: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HARNESS_DEBIAN_MIRROR", "http://mirror.test/")
+    assert base.mirror_of_host() == "http://mirror.test"
+    monkeypatch.delenv("HARNESS_DEBIAN_MIRROR")
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\necho http://apt.test/debian-security/\necho http://apt.test/debian/\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert base.mirror_of_host() == "http://apt.test"
+    apt.write_text("#!/bin/sh\n")
+    with pytest.raises(SystemExit):
+        base.mirror_of_host()
+
+
 @pytest.mark.docker
 def test_two_builds_from_one_list_give_one_digest_and_the_engine_knows_the_image_by_it(
     base: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,14 +115,14 @@ def test_two_builds_from_one_list_give_one_digest_and_the_engine_knows_the_image
     monkeypatch.setattr(base, "WANTED", {"base": base.WANTED["base"]})  # the other is made the same way, and larger
     listed = base.parse(LIST.read_text())
     try:
-        digests = base.make(listed, base.MIRROR, tmp_path)
+        digests = base.make(listed, base.mirror_of_host(), tmp_path)
         assert digests["base"] == listed.digests["base"]
     except SystemExit:
         # Debian has replaced a package of the committed list since: a list of today shows the same.
         print("the mirror has moved on from images/base/packages.lock; using what it has now", file=sys.stderr)
-        listed = base.refreshed(base.MIRROR)
-        digests = base.make(listed, base.MIRROR, tmp_path)
-    assert base.make(listed, base.MIRROR, tmp_path) == digests
+        listed = base.refreshed(base.mirror_of_host())
+        digests = base.make(listed, base.mirror_of_host(), tmp_path)
+    assert base.make(listed, base.mirror_of_host(), tmp_path) == digests
     base.load(tmp_path, digests)
     shown = subprocess.run(["docker", "run", "--rm", "--network=none", digests["base"], "python3.11", "-V"],
                            capture_output=True, text=True, check=True)  # fmt: skip

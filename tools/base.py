@@ -30,7 +30,6 @@ from typing import NamedTuple, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "images/base/packages.lock"
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org"
 ARCHIVES = {SUITE: "debian", f"{SUITE}-updates": "debian", f"{SUITE}-security": "debian-security"}
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 WANTED = {
@@ -120,6 +119,18 @@ def run(argv: Sequence[str | Path], env: dict[str, str] | None = None) -> str:
         print(*ended.stderr.strip().splitlines()[-15:], sep="\n", file=sys.stderr)
         fail(f"{Path(argv[0]).name} failed with exit code {ended.returncode}.", "read the lines above.")
     return ended.stdout
+
+
+def mirror_of_host() -> str:
+    """The root of Debian's mirror: $HARNESS_DEBIAN_MIRROR, or the one that this host's apt uses."""
+    if named := os.environ.get("HARNESS_DEBIAN_MIRROR"):
+        return named.rstrip("/")
+    asked = ("apt-get", "indextargets", "--format", "$(REPO_URI)")
+    said = subprocess.run(asked, capture_output=True, text=True, check=False).stdout
+    for address in said.split():
+        if address.startswith("http") and address.rstrip("/").endswith("/debian"):
+            return address.rstrip("/").removesuffix("/debian")
+    fail("apt of this host knows no mirror of Debian.", "name one: HARNESS_DEBIAN_MIRROR=http://MIRROR tools/base")
 
 
 def apt_settings(folder: Path, mirror: str) -> Path:
@@ -351,7 +362,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--refresh", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    mirror = os.environ.get("HARNESS_DEBIAN_MIRROR", MIRROR).rstrip("/")
+    mirror = mirror_of_host()
     if not options.out:
         check_engine()
     before = parse(LIST.read_text()) if LIST.exists() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from harness.report.entry import Entry
-from harness.report.parts import Section, facts_section, plain_json, table_section, word, words
+from harness.report.parts import Section, facts_section, plain_json, table_section, word
 from harness.report.words import MISSING, TIMES, Cell, count, digits, duration, missing, plural, size
 from harness.schema import Attempt, NcclFacts, ProbeCase
 from harness.summary.probes import ProbeSize, ProbeSummary
@@ -103,14 +103,3 @@ def _arrivals(probe: ProbeSummary) -> Section | None:
             for rank, work in probe.work_s.items()]  # fmt: skip
     head = ("rank", "work until it arrives", "in the all-reduce", "n rounds")
     return table_section("Arrival at a collective, median of each rank", head, rows, open=True)
-
-
-def proof_section(attempt: Attempt) -> Section | None:
-    """What was set as used."""
-    seen = attempt.observation.probe
-    if seen is None or not seen.proof:
-        return None
-    wrong = [("Differs from what was asked", word(text)) for text in seen.proof_mismatches]
-    facts = [(words(key), word(plain_json(value))) for key, value in seen.proof.items()]
-    note = "Differs from what was asked." if wrong else "What ran is what was asked."
-    return facts_section("Proof of what ran", [*wrong, *facts], note=note)

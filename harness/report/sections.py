@@ -10,7 +10,7 @@ from harness.report.entry import Entry, number_label, peak_row
 from harness.report.gpus import gpu_sections
 from harness.report.ladders import ladder_sections, search_sections, timeline_section
 from harness.report.parts import Link, Section, facts_section, no_link, plain_json, table_section, when, word, words
-from harness.report.probes import probe_sections, proof_section
+from harness.report.probes import probe_sections
 from harness.report.sampled import sampled_sections
 from harness.report.tables import mfu
 from harness.report.words import (
@@ -42,7 +42,7 @@ def sections(entry: Entry, link: Link = no_link) -> list[Section]:
     if attempt is not None:
         found += [*_failure(entry, attempt, link), *probe_sections(entry, attempt), _training_results(entry),
                   _serving_results(entry), _latencies(entry), *_figures(entry, attempt), _memory_table(entry),
-                  _ranks(entry, attempt), *_gpus(entry, attempt), _proof(attempt), proof_section(attempt),
+                  _ranks(entry, attempt), *_gpus(entry, attempt), _proof(attempt),
                   _phases(entry, attempt), _smoke(attempt), _server(attempt)]  # fmt: skip
     found += [_case(entry)]
     found += [_provenance(record.provenance), _environments(record.provenance.environments)] if record.provenance \
@@ -238,7 +238,8 @@ def _gpus(entry: Entry, attempt: Attempt) -> list[Section | None]:
 
 
 def _proof(attempt: Attempt) -> Section | None:
-    seen = attempt.observation.train
+    """What was set as used, of a training job or a probe."""
+    seen = attempt.observation.train or attempt.observation.probe
     if seen is None or not seen.proof:
         return None
     wrong = [("Differs from what was asked", word(text)) for text in seen.proof_mismatches]

@@ -430,6 +430,26 @@ def test_what_only_a_gpu_can_show_is_said_and_not_wrong(root: Path, fake: FakeEn
     assert any(for_want in line for line in verdict.without_gpu)
 
 
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        ("OSError: libcuda.so.1: cannot open shared object file", "unchecked"),
+        ("OSError: cuda_utils.so: undefined symbol: cuModuleLoadData", "wrong"),
+    ],
+)
+def test_a_triton_that_names_no_driver_is_wrong_without_a_gpu_too(
+    root: Path, fake: FakeEngine, error: str, state: str
+) -> None:
+    """Linked with libcuda.so.1 it lacks that library here; linked with none it would lack its symbols on any host."""
+    answers: dict[str, dict[str, object]] = {
+        "bitsandbytes:libbitsandbytes_cuda130.so": {"ok": True},
+        "triton:/opt/harness/triton/cuda_utils.so": {"ok": False, "error": error},
+    }
+    native = "".join(f"{json.dumps({'try': n})}\n{json.dumps({'name': n} | said)}\n" for n, said in answers.items())
+    verdict = verified(root, fake, {"installed": installed(WHEELS, cuda="13.0"), "native": native}, "train-cuda")
+    assert [check.state for check in verdict.checks if check.what == "Triton's module for the driver"] == [state]
+
+
 def test_an_import_that_crashes_is_named_and_the_rest_still_tried(fake: FakeEngine) -> None:
     from harness.containers import probe
 

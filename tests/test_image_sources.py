@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -58,6 +60,73 @@ def test_a_containerfile_is_for_any_builder_and_leaves_an_unprivileged_user(envi
     final = instructions[instructions.index("FROM base") :]
     assert "USER 10001:10001" in final
     assert not [line for line in final if line.startswith("COPY . ") or "wheels" in line]
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here: the builder stage brings its own")
+def test_what_triton_launches_with_names_the_library_of_the_driver(tmp_path: Path) -> None:
+    """launcher.sh on a driver.c of one call: the result asks the loader for libcuda.so.1, wherever that comes from."""
+    backend = tmp_path / "backend"
+    (tmp_path / "build").mkdir()
+    backend.mkdir()
+    (backend / "driver.c").write_text("int cuInit(unsigned); int start(void) { return cuInit(0); }\n")
+    (tmp_path / "build/cc.sh").write_text("#!/bin/sh\n")
+    text = (IMAGES / "build/launcher.sh").read_text()
+    for inside, outside in {
+        "/opt/venv/lib/python3.11/site-packages/triton/backends/nvidia": str(backend),
+        "/build/tools/bin/python": sys.executable, "/build/stub": str(tmp_path / "stub"),
+        "/opt/harness/triton": str(tmp_path / "triton"),
+    }.items():  # fmt: skip
+        assert inside in text
+        text = text.replace(inside, outside)
+    subprocess.run(["sh", "-c", text], cwd=tmp_path, check=True)
+    loaded = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    made = [sys.executable, "-c", loaded, tmp_path / "triton/cuda_utils.so"]
+    nowhere = subprocess.run(made, capture_output=True, text=True, check=False)
+    assert nowhere.returncode == 0 or "libcuda.so.1: cannot open" in nowhere.stderr
+    there = subprocess.run(
+        made, env={"LD_LIBRARY_PATH": str(tmp_path / "stub")}, capture_output=True, text=True, check=False
+    )
+    assert "undefined symbol: cuInit" in there.stderr
+    digest = hashlib.sha256((backend / "driver.c").read_bytes()).hexdigest()
+    assert (tmp_path / "triton/driver.c.sha256").read_text().startswith(digest)
+
+
+KERNEL_STEP = "build/kernels.sh"
+NEEDED_BY_KERNELS = {"requirements.txt", "tools.txt", "build.txt", "wheels",
+                     "build/install.sh", "build/split.py", "build/kernels.sh"}  # fmt: skip
+
+
+def steps(environment: str) -> list[str]:
+    """The instructions of the builder stage."""
+    text = (IMAGES / environment / "Containerfile").read_text()
+    lines = re.sub(r"\\\n", " ", re.sub(r"(?m)^#.*\n", "", text)).splitlines()
+    return lines[lines.index("FROM ${BUILD_BASE} AS builder") : lines.index("FROM base")]
+
+
+def copied(instructions: list[str]) -> set[str]:
+    """What is copied from the context."""
+    return {word for line in instructions if re.match(r"COPY (?!--from)", line) for word in line.split()[1:-1]}
+
+
+def test_nothing_that_kernels_do_not_need_makes_them_compile_again() -> None:
+    found = steps("train")
+    (at,) = [i for i, line in enumerate(found) if line.startswith("RUN") and KERNEL_STEP in line]
+    assert copied(found[:at]) == NEEDED_BY_KERNELS
+    assert not {word for line in found[:at] for word in re.findall(r"^ARG (LOCK_SHA256|REVISION|BASE_DIGEST)", line)}
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_every_script_of_the_builder_stage_is_copied_before_it_runs(environment: str) -> None:
+    found, ran = steps(environment), set()
+    for at, line in enumerate(found):
+        for script in re.findall(r"build/\w+\.sh", line) if line.startswith("RUN") else ():
+            ran.add(script)
+            assert script in copied(found[:at])
+            reads = set(re.findall(r"(?<![\w/])build/\w+\.\w+", (IMAGES / script).read_text()))
+            assert reads <= copied(found[:at])
+    every = {f"build/{path.name}" for path in (IMAGES / "build").glob("*.sh")}
+    unused = {"train": set(), "serve": {KERNEL_STEP}}[environment]
+    assert ran == every - {"build/cc.sh"} - unused
 
 
 @pytest.fixture

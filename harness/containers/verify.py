@@ -27,6 +27,9 @@ NEEDS_GPU = (
 )
 """Words of an error that a machine with a GPU would not give."""
 
+DRIVER = ("Triton's module for the driver", "native", "triton:/opt/harness/triton/cuda_utils.so")
+"""What `$CC` of a CUDA image answers with; it has to name libcuda.so.1, or no Triton kernel is ever launched."""
+
 KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
     "train-cpu": (("bitsandbytes' CPU library", "native", "bitsandbytes:libbitsandbytes_cpu.so"),),
     "train-cuda": (
@@ -35,6 +38,7 @@ KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("mamba-ssm's CUDA extension", "imports", "selective_scan_cuda"),
         ("causal-conv1d's CUDA extension", "imports", "causal_conv1d_cuda"),
         ("bitsandbytes' CUDA library", "native", "bitsandbytes:libbitsandbytes_cuda{cuda}.so"),
+        DRIVER,
     ),
     # Not its _C_AVX2 and _C_AVX512 too: each stands for the same operators, and two in one process crash.
     "serve-cpu": (("vLLM's compiled extension", "native", "vllm:_C.abi3.so"),),
@@ -42,9 +46,11 @@ KERNELS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("vLLM's compiled extension", "native", "vllm:_C_stable_libtorch*.so"),
         ("vLLM's MoE kernels", "native", "vllm:_moe_C*.so"),
         ("vLLM's FlashAttention 3", "native", "vllm:vllm_flash_attn/_vllm_fa3_C*.so"),
+        DRIVER,
     ),
 }
-"""What must be there beside Python code: what it is, how it is tried, and its import name or `package:file`."""
+"""What must be there beside Python code: what it is, how it is tried, and its import name or `package:file` (a file
+outside the package by its whole path)."""
 
 NEEDS_A_GPU = (
     "that a kernel runs on a GPU and gives the right values: a case's proof line says which ran",

@@ -80,7 +80,7 @@ def test_what_triton_launches_with_names_the_library_of_the_driver(tmp_path: Pat
         text = text.replace(inside, outside)
     subprocess.run(["sh", "-c", text], cwd=tmp_path, check=True)
     loaded = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
-    made = [sys.executable, "-c", loaded, tmp_path / "triton/cuda_utils.so"]
+    made = [sys.executable, "-c", loaded, str(tmp_path / "triton/cuda_utils.so")]
     nowhere = subprocess.run(made, capture_output=True, text=True, check=False)
     assert nowhere.returncode == 0 or "libcuda.so.1: cannot open" in nowhere.stderr
     there = subprocess.run(

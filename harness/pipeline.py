@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import os
 import shlex
 import signal
@@ -120,7 +119,7 @@ def commands(plan: Plan, pattern: str, box_name: str) -> list[dict[str, str]]:
     box = boxes.get(box_name)
     found = []
     for case in plan.cases:
-        if fnmatch.fnmatch(schema.case_id(case), pattern):
+        if schema.asked_for(schema.case_id(case), pattern):
             found += [_command_text(box, case, job) for job in launch.jobs((case,), 1)]
     if not found:
         raise HarnessError(f"{pattern!r} matches none of the plan's cases", f"`harness plan {plan.source}` lists them")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ class Options:
     backend: str = "local"
     box: str = "venv"
     only: str | None = None
-    """A shell pattern over case ids; the others are left for another time."""
+    """Shell patterns over case ids, with commas between them; the others are left for another time."""
     retry_failed: bool = False
     keep_artifacts: bool = False
     have: tuple[Path, ...] = ()
@@ -222,7 +221,7 @@ def _weights(case: Case) -> str:
 def chosen(plan: Plan, options: Options) -> list[Case]:
     """The plan's cases that these options name."""
     pattern = options.only
-    cases = [case for case in plan.cases if not pattern or fnmatch.fnmatch(schema.case_id(case), pattern)]
+    cases = [case for case in plan.cases if schema.asked_for(schema.case_id(case), pattern)]
     if pattern and not cases:
         raise HarnessError(
             f"--only {pattern!r} matches none of the plan's cases", f"`harness plan {plan.source}` lists them"

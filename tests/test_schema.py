@@ -254,3 +254,10 @@ def test_a_record_of_a_later_version_is_not_read_as_this_one() -> None:
 )
 def test_an_outcome_is_ok_where_it_ended_by_itself(fields: dict[str, Any], ok: bool) -> None:
     assert schema.Outcome(start=0.0, end=1.0, **fields).ok is ok
+
+
+def test_cases_are_asked_for_by_patterns_with_commas_between() -> None:
+    name = "train-nano-9b-v2-lora-s2048-b1-one-3400cbba"
+    assert schema.asked_for(name, None)
+    assert schema.asked_for(name, "serve-*, train-*-lora-*")
+    assert not schema.asked_for(name, "serve-*,chain-*")

@@ -24,7 +24,7 @@ app = typer.Typer(
 Matrix = Annotated[Path, typer.Argument(help="A matrix file (YAML).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a machine.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
-Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches this shell pattern.")]
+Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches: shell patterns, commas between.")]
 Backend = Annotated[
     str, typer.Option("--backend", help="Who starts the jobs: local, slurm, export, or replay:RUN_DIRECTORY.")
 ]

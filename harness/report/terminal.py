@@ -5,7 +5,6 @@ Text of a record only ever enters as `Text`, so that nothing in it is taken for 
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +21,7 @@ from harness.report.parts import Section
 from harness.report.sections import sections
 from harness.report.tables import key_number
 from harness.report.words import MISSING, clean, digits, duration, one_line, plural, size
-from harness.schema import Plan, Record, case_id
+from harness.schema import Plan, Record, asked_for, case_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -217,10 +216,10 @@ def _gpu(gpu: _LiveGpu) -> str:
 
 
 def plan(loaded: Plan, only: str | None = None) -> list[RenderableType]:
-    """The cases of a plan and its skips with their reasons; `only` is a shell pattern over case ids."""
-    cases = [name for name in map(case_id, loaded.cases) if not only or fnmatch.fnmatch(name, only)]
+    """The cases of a plan and its skips with their reasons; `only` names some by patterns over their ids."""
+    cases = [name for name in map(case_id, loaded.cases) if asked_for(name, only)]
     skips = [(case_id(skip.case), skip) for skip in loaded.skips]
-    skips = [(name, skip) for name, skip in skips if not only or fnmatch.fnmatch(name, only)]
+    skips = [(name, skip) for name, skip in skips if asked_for(name, only)]
     found: list[RenderableType] = [_safe(name) for name in cases]
     for name, skip in skips:
         found.append(Group(_safe(f"skip {name}", "dim"), _safe(f"     {skip.reason}", "dim")))

@@ -26,6 +26,7 @@ from harness.schema.cases import (
     Skip,
     Strategy,
     TrainCase,
+    asked_for,
     case_id,
     fingerprint,
 )
@@ -137,6 +138,7 @@ __all__ = [
     "TimelineEvent",
     "TrainCase",
     "TrainObservation",
+    "asked_for",
     "case_id",
     "fingerprint",
 ]

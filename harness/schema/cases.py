@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 from functools import cache
@@ -201,6 +202,11 @@ def fingerprint(value: Any) -> str:
     """Eight hex digits of the SHA-256 of `value` as canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def asked_for(name: str, patterns: str | None) -> bool:
+    """Whether the id `name` matches one of `patterns`: shell patterns with commas between them; all do where there is none."""
+    return not patterns or any(fnmatch.fnmatch(name, pattern.strip()) for pattern in patterns.split(","))
 
 
 def case_id(case: AnyCase) -> str:

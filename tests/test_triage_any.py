@@ -31,8 +31,14 @@ from harness.triage.signature import kinds, signatures
 
 Cases = dict[str, list[dict[str, Any]]]
 ANY: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "any.yaml")
-HOSTS: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "hosts.yaml")
-CASES = [(name, index, case) for name in ANY for index, case in enumerate([*ANY[name], *HOSTS.get(name, [])])]
+FURTHER: list[Cases] = [
+    YAML(typ="safe").load(Path(__file__).parent / "signatures" / f"{name}.yaml") for name in ("hosts", "devices")
+]
+CASES = [
+    (name, index, case)
+    for name in ANY
+    for index, case in enumerate([*ANY[name], *(case for cases in FURTHER for case in cases.get(name, []))])
+]
 
 
 def of(tmp_path: Path, **files: str) -> LogVerdict:
@@ -64,7 +70,7 @@ def test_a_log_of_each_class(tmp_path: Path, name: str, index: int, case: dict[s
 
 def test_every_class_of_the_taxonomy_has_a_log() -> None:
     assert set(ANY) == set(kinds())
-    assert set(HOSTS) <= set(ANY)
+    assert all(set(cases) <= set(ANY) for cases in FURTHER)
     assert {signature.failure_class for signature in signatures()} - set(kinds()) <= {"not_as_requested"}
 
 

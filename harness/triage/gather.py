@@ -24,10 +24,6 @@ LAST_LINES = 12
 NEAR_LINES = 6
 
 _SPLIT = re.compile(r"\r|\x1b\[[0-9;?]{0,20}[A-Za-z]|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)")
-_SOURCE = re.compile(
-    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\("
-    r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#"
-)
 _FAILED_FIRST = re.compile(r"first observed failure")
 _TABLE_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6})\b")
 _TABLE_HOST = re.compile(r"\bhost\s*:\s*([\w.-]{1,200})")
@@ -188,7 +184,7 @@ class Gatherer:
         return speaker
 
     def _said(self, number: int, text: str, speaker: words.Who) -> None:
-        if not _SOURCE.search(text):
+        if not words.SOURCE.search(text):
             self.facts.numbers |= numbers_in(text, self._may)
             self._event(number, text, speaker)
 
@@ -204,11 +200,12 @@ class Gatherer:
                 self._stack(speaker).append(text[:300])
                 return True
         if self._asked("frame", words.FRAME, text):
-            self._stack(speaker).append(text[:500])
-            self._after_frame = 'File "' in text
+            self._stack(speaker).append(words.as_python_says(text[:500]))
+            self._after_frame = 'File "' in text or words.CUT_FRAME.search(text) is not None
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)
+            return words.NOTEBOOK_HEAD.search(text) is not None
         return False
 
     def _asked(self, name: str, form: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -299,7 +296,7 @@ class Gatherer:
         if nccl := self._asked("nccl_rank", words.NCCL_RANK, text):
             facts.world = max(facts.world or 0, int(nccl["world"]))
             facts.nccl_ranks.setdefault(speaker.key, int(nccl["rank"]))
-        if self._asked("good_end", words.GOOD_END, text):
+        if self._asked("good_end", words.GOOD_END, text) or self._asked("good_end", words.WEAK_END, text):
             facts.good_ends.append((number, text, facts.attempts))
             del facts.good_ends[:-8]
         if self._asked("serving", words.SERVING, text):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.schema import ClaimStatus, Culprit, Evidence, LogVerdict, NextStep, Role, TimelineEvent
-from harness.triage import advice, blame, recorder
+from harness.triage import advice, blame, disagree, recorder
 from harness.triage.blame import NOBODY, Blame
 from harness.triage.gather import Event, Facts, quote
 from harness.triage.numbers import with_steps
@@ -143,19 +143,11 @@ def _crashed(files: Files) -> LogVerdict | None:
 def _sizes_differ(files: Files, crashes: Sequence[Event] = ()) -> LogVerdict | None:
     """Ranks that say the same sentence with another size, beside a failure in communication."""
     for facts in files.facts:
-        odd = [said for said in facts.sized.values() if _odd(said)]
-        if 0 < len(odd) <= 2:  # where many sentences differ between ranks, sizes that differ mean nothing
-            lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating")
-                     for _, line, text in list(odd[0].values())[:4]]  # fmt: skip
+        if said := disagree.sizes(facts):
+            lines = [Evidence(file=facts.file, line=line, text=quote(text), role="initiating") for line, text in said]
             return _verdict(files, "coll_mismatch", "hypothesis", NOBODY,
                             [*lines, *(_evidence(one, "cascade") for one in crashes[:2])])  # fmt: skip
     return None
-
-
-def _odd(said: Mapping[int, tuple[tuple[str, ...], int, str]]) -> bool:
-    """Whether ranks say the same sentence with other numbers than their own rank."""
-    columns = zip(*(numbers for numbers, _, _ in said.values()), strict=True)
-    return any(len(set(column)) > 1 and column != tuple(map(str, said)) for column in columns)
 
 
 def _recorded(files: Files) -> LogVerdict | None:
@@ -179,7 +171,8 @@ def _communication(files: Files) -> LogVerdict | None:
     if not found:
         return None
     lost = [one for one in found if one.failure_class == "peer_lost"]
-    killed = [one for one in found if one.failure_class == "oom_host"]
+    waited = [one for one in found if one.failure_class == "coll_timeout"]
+    killed = [one for one in found if one.failure_class == "oom_host" and not _after(one, waited)]
     if killed:
         whom = blame.for_lost_peer(found, files.facts)
         return _from_event(files, lost[0] if lost else killed[0], "supported", whom)
@@ -193,18 +186,16 @@ def _communication(files: Files) -> LogVerdict | None:
     return _from_event(files, first, "supported", NOBODY)
 
 
+def _after(killed: Event, waited: Sequence[Event]) -> bool:
+    """Whether a process was killed only after a time-out in the same file: then whoever ended the rest did it."""
+    return any(one.file == killed.file and one.line < killed.line for one in waited)
+
+
 def _collectives_differ(files: Files, found: Sequence[Event]) -> LogVerdict | None:
     """Two ranks that name another operation or size at the same number, or gave up in different collectives."""
-    by_number: dict[int, dict[int, tuple[int, str]]] = {}
-    for facts in files.facts:
-        for rank, (number, elements, operation) in facts.last_work.items():
-            by_number.setdefault(number, {})[rank] = (elements, operation)
-    differ = any(len(asked) > 1 and len(set(asked.values())) > 1 for asked in by_number.values())
-    waited_in = {rank: name for facts in files.facts for rank, name in facts.asked.items()}
-    if not differ and len(set(waited_in.values())) < 2:
-        return None
-    status: ClaimStatus = "supported" if differ else "hypothesis"
-    return _verdict(files, "coll_mismatch", status, NOBODY, [_evidence(one, "initiating") for one in found[:4]])
+    status = disagree.collectives(files.facts)
+    lines = [_evidence(one, "initiating") for one in found[:4]]
+    return _verdict(files, "coll_mismatch", status, NOBODY, lines) if status else None
 
 
 def _silence(files: Files, odd: Sequence[int], ended: Sequence[Event] = ()) -> LogVerdict:

@@ -18,7 +18,7 @@ MAX_REMEMBERED = 20_000
 NUMBER = re.compile(r"\d+")
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "frame": ('File "', ".py in "),
+    "frame": ('File "', ".py in ", ".py:# in", ".py:#, in", ".pyx:# in"),
     "traceback": ("Traceback", ".py in "),
     "exception": ("Error", "Exception", "Interrupt", "Exit", "Failure", "Failed", "Timeout", "exceptions.",
     "exception.",
@@ -33,8 +33,10 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "telling": ("rror", "FAILED", "WARN", "fatal"),
     "good_end": ("train_runtime", "Do not forget", "stopped: `max_", "omplete", "COMPLETE", "inished", "done", "ucce",
                  "SUCCEEDED", "passed", "code", "status", "Out of bounds values", "Avg bus bandwidth", "agent_finish",
-                 "saved", "Saved", "Serving Benchmark", "ended ", "exiting program", '"kind":"end"'),
-    "serving": ("startup complete", "shutdown complete", "Uvicorn running", "fired up", "HTTP/"),
+                 "saved", "Saved", "Serving Benchmark", "ended ", "exiting program", '"kind":"end"', "SUCCESS", "Received #",
+                 "End time", "wandb: ", "Done"),
+    "serving": ("startup complete", "shutdown complete", "Uvicorn running", "fired up", "HTTP/", "[GIN]",
+                "llama runner", "is listening on", "slots are idle", "router", "Started "),
     "healthy": ("Pass", "ECC Errors", "Init COMPLETE", "Xid Errors", "healthy"),
     "nccl_rank": ("nranks",),
 }  # fmt: skip

@@ -5,10 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FRAME = re.compile(r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\(')
+FRAME = re.compile(
+    r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\('
+    r"|(?P<place>[^\s│|]{1,300}\.pyx?):(?P<number>\d{1,6}),? in\b(?: (?P<name>[\w.<>]{1,200}))?"
+)
+"""A frame as Python, old and new IPython and rich print it; rich may put the function's name in the next line."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
+NOTEBOOK_HEAD = re.compile(r"^\W{0,20}\w{1,80} {2,}Traceback \(most recent call last\)\W*$")
+"""IPython names the error before its traceback too, when the frames are not known yet."""
 CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\d{1,4}: ")
 """A line of PyTorch's C++ stack, which names classes of errors without being one."""
+CUT_FRAME = re.compile(r"\.pyx?:\d{1,6} in\W*$")
+"""A frame of rich's whose function stands in the next line."""
+SOURCE = re.compile(
+    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\("
+    r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#|│ *(?:❱ *)?\d{1,6} │|^-{2,}> ?\d{1,6} "
+)
+"""A line of source that a traceback quotes, which names errors without being one."""
 EXCEPTION = re.compile(
     r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit"
     r"|Failure|Failed|Timeout)"
@@ -38,7 +51,7 @@ END = re.compile(
     r"|Application shutdown complete|exits with return code|Shutting down|EADDRINUSE|Job step aborted|SystemExit"
 )
 MARK = re.compile(
-    r"(?:[Ss]tep(?!Id)|STEP|iteration|Iteration|iter|Iter|epoch|Epoch"
+    r"(?:[Ss]tep(?!Id)(?<![-_]step(?=s))|STEP|iteration|Iteration|iter|Iter|(?<![-_])epoch|Epoch"
     r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
@@ -55,12 +68,20 @@ GOOD_END = re.compile(
     r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|[Ee]xiting with code 0"
     r"|worker group successfully finished|exiting program (?:at iteration"
     r"|after [\d.]{1,9} min)|SUCCEEDED|Successful requests:|agent_finish"
+    r"|Reporting training SUCCESS|Received 0 from exiting process|Process \d+ exits successfully|End time of running main"
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
+WEAK_END = re.compile(
+    r"wandb: (?:\S{1,4} )?(?:View run |Synced |You can sync this run)|^(?:All )?[Dd]one ?[.!]{0,3}$"
+    r"|^=+ (?:\d+ (?:skipped|deselected|xfailed|warnings?), )*\d+ passed\b(?![^=\n]*(?:failed|error))"
+)
+"""What a program says at its end, be it good or not: it counts where nothing went wrong."""
 SERVING = re.compile(
     r"Application startup complete|Application shutdown complete|Uvicorn running on|The server is fired up"
     r"|HTTP/[12][.\d]{0,2}\" [24]\d\d"
+    r"|\[GIN\] [\d/]{10} - [\d:]{8} \| [24]\d\d |llama runner started|server is listening on http|all slots are idle"
+    r"|text_generation_router\S{0,40}: \S{1,80}: (?:Connected|Success)\b|Started (?:GRPCInferenceService|HTTPService) at"
 )
 HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Init COMPLETE|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
 CALM = re.compile(
@@ -87,7 +108,7 @@ SHUTDOWN = "[shutdown] "
 PATTERNS = (
     r"\[shutdown\] ", " done", "xiting program", "xiting with", "lobal rank", "process rank",
     "Logging error ---", '"kind":"end"',
-    r'File "', r"\.py in ", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
+    r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
     r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
@@ -103,7 +124,8 @@ PATTERNS = (
     "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",
     "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
-    r"HTTP/1", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
+    r"HTTP/1", r"\[GIN\]", "llama runner", "is listening on", "slots are idle", "router", "SUCCESS", "Started ",
+    "Received 0", "exits successfully", "End time", "wandb: ", "[Dd]one", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
     "first observed failure",
     "mbatch", "micro_batch", "batch_size", "batch size", "max_length", "max_seq", "cutoff_len", "max_model_len",
     "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation",
@@ -156,6 +178,14 @@ def who(line: str, file_rank: int | None = None, file_host: str | None = None) -
     key = nccl["host"] + nccl["pid"] if nccl else (pid[0] if pid else (rank[0] if rank else ""))
     number = _first(rank)
     return Who(key, int(number) if number else file_rank, host or file_host, nccl["gpu"] if nccl else None)
+
+
+def as_python_says(frame: str) -> str:
+    """A frame of any of the forms of `FRAME` in Python's own."""
+    found = FRAME.search(frame)
+    if not found or not found["place"]:
+        return frame
+    return f'  File "{found["place"]}", line {found["number"]}, in {(found["name"] or "?").rpartition(".")[2]}'
 
 
 def gpu_of(text: str) -> str | None:

@@ -108,7 +108,8 @@ SHUTDOWN = "[shutdown] "
 PATTERNS = (
     r"\[shutdown\] ", " done", "xiting program", "xiting with", "lobal rank", "process rank",
     "Logging error ---", '"kind":"end"',
-    r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b", "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
+    r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
+    "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
     r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",

@@ -162,6 +162,9 @@ def _obstacle(session_: Session, case: AnyCase) -> tuple[str, str] | None:
     """Why a rung's case cannot run here: by the rules, for want of devices, or because it was never recorded."""
     if session_.recorded and not all(session_.recorded.attempts(job.id) for job in launch.jobs((case,), 1)):
         return "not_recorded", "the recording that is played has no such case"
+    site = getattr(session_.backend, "site", None)
+    if site and site.scratch and case.nodes == 1 and any(job.local_artifacts for job in launch.jobs((case,), 1)):
+        return "on_scratch", "the site's jobs write checkpoints to the node's own disk anyway (scratch)"
     return obstacle(case) or session.lacking(session_, case)
 
 
@@ -205,12 +208,12 @@ def _note_end(session_: Session, record: Record, end: LadderEnd | None) -> None:
 
 
 def _conclude(session_: Session, chain: Sequence[Record]) -> None:
-    """Add to the diagnosis of the case that failed first what the probes made from it showed."""
+    """Add to the diagnosis of the case that failed first what the reruns made to learn of it showed."""
     first = chain[0]
     probes = [
         triage.Probed(one.rung, one.case, one.last.diagnosis)
         for one in chain[1:]
-        if one.rung and one.last and isinstance(one.case, ProbeCase)
+        if one.rung and one.last and one.rung.ladder == "nccl"
     ]
     if first.last is None or first.last.diagnosis is None:
         return

@@ -43,6 +43,30 @@ def interfaces() -> tuple[str, ...]:
     return tuple(sorted(name for name in up & addressed if name != "lo"))
 
 
+NETWORKED = frozenset({"nfs", "nfs4", "lustre", "gpfs", "beegfs", "wekafs", "panfs", "pvfs2", "orangefs", "ceph",
+                       "cifs", "smb3", "afs", "9p", "virtiofs", "vboxsf"})  # fmt: skip
+"""File systems of other hosts, by the kernel's names; beside them all that FUSE serves, `fuse.*`."""
+
+
+def apart(folder: Path, other: Path) -> str | None:
+    """Why `folder` is no local disk apart from the file system of `other`, in a sentence; `None` where it is one."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        return f"{folder} is no folder that can be written to"
+    if folder.stat().st_dev == other.stat().st_dev:
+        return f"{folder} lies on the run directory's own file system"
+    kind = file_system(folder)
+    if kind in NETWORKED or kind.startswith("fuse."):
+        return f"{folder} lies on {kind}, which is no disk of this host"
+    return None
+
+
+def file_system(folder: Path) -> str:
+    """The kernel's name for the type of the file system that `folder` lies on; empty where none is known."""
+    path = folder.resolve()
+    mounts = [one for one in psutil.disk_partitions(all=True) if path.is_relative_to(one.mountpoint)]
+    return max(mounts, key=lambda one: len(one.mountpoint)).fstype if mounts else ""
+
+
 def gpus() -> tuple[tuple[Gpu, ...], str | None]:
     """The GPUs that this process may use, in the driver's order, and the driver's version; none without a driver."""
     import pynvml

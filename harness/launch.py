@@ -104,9 +104,11 @@ def group(cases: Iterable[Case], share: bool = False) -> list[tuple[Case, ...]]:
 def process_key(case: TrainCase) -> str | None:
     """Equal for cases that may follow each other in one process; `None` for one that needs a process of its own.
 
-    Ranks that talk to each other and allocators that are held to a cap do not start afresh within a process.
+    Ranks that talk to each other and allocators that are held to a cap do not start afresh within a process; a disk
+    is given to a whole job.
     """
-    if case.devices > 1 or case.strategy != "none" or case.memory_cap_gib is not None:
+    alone = case.memory_cap_gib is not None or case.checkpoints == "local"
+    if case.devices > 1 or case.strategy != "none" or alone:
         return None
     return f"shared-{case.variant}-{case.method}-{case.param_dtype}-{case.device}-{fingerprint(case.weights)}"
 
@@ -159,6 +161,7 @@ def _train_job(case: TrainCase, job_id: str, named: str, keep: str) -> Job:
         nodes=case.nodes,
         time_limit_s=case.time_limit_s,
         stall_s=case.stall_s,
+        local_artifacts=case.checkpoints == "local",
         files={} if by_torchrun(case) else {ACCELERATE_FILE: accelerate_config(case)},
         payload=payload,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from harness import backends, boxes, climb, frontier, launch, matrix, observe, results, schema, store, triage
 from harness.errors import HarnessError
-from harness.schema import Attempt, Job, JobRun, Plan, Record
+from harness.schema import Attempt, Job, JobRun, Mount, Plan, Record
 from harness.session import (
     Case,
     Options,
@@ -24,6 +24,7 @@ from harness.session import (
     next_work,
     pending_work,
     record_skips,
+    scratch,
     unmeasured,
     work_for,
 )
@@ -194,6 +195,11 @@ def _submit(session: Session, work: Work) -> None:
         job = job.model_copy(update={"host_memory_gib": session.options.host_memory_gib})
     folder = session.run.job_dir(job.id, work.attempt)
     folder.mkdir(parents=True, exist_ok=True)
+    if job.local_artifacts and session.backend.at_once is None and session.recorded is None:
+        session.run.put_artifacts_on(scratch(session.options), job.id, work.attempt)
+    elsewhere = [session.run.artifacts_elsewhere(one.id, work.attempt) for one in work.jobs]
+    mounts = tuple(Mount(path=str(path), writable=True) for path in elsewhere if path)
+    job = job.model_copy(update={"mounts": (*job.mounts, *mounts)})
     command = session.box.wrap(job, folder.resolve(), session.run.payload_root.resolve())
     work.tickets.append(session.backend.submit(job, command, folder.resolve()))
 

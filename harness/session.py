@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ class Options:
     """Folders whose run directories' measured records stand for the same cases here."""
     host_memory_gib: float | None = None
     """What a job may use of the host's memory, in a box that can hold it to that."""
+    scratch: Path | None = None
+    """A folder on a local disk, for cases whose checkpoints go there; `None` is the system's for temporary files."""
     share_process: bool = False
     """Cases of one process key follow each other in one process."""
 
@@ -302,10 +305,24 @@ def lacking(session: Session, case: Case) -> tuple[str, str] | None:
     """The rule and the reason why this case cannot run here."""
     if reason := _refused(session.backend, case):
         return "backend_cannot", reason
+    if no_disk := _no_disk(session, case):
+        return "no_local_disk", f"checkpoints: local needs a local disk apart from the run directory: {no_disk}"
     gpus = len(session.slots) - 1
     if session.backend.at_once is None and case.device == "cuda" and case.devices > gpus:
         return "host_lacks_gpus", f"needs {case.devices} GPU{'s' if case.devices > 1 else ''}; this host shows {gpus}"
     return None
+
+
+def scratch(options: Options) -> Path:
+    """The folder for checkpoints on a local disk."""
+    return options.scratch or Path(tempfile.gettempdir())
+
+
+def _no_disk(session: Session, case: Case) -> str | None:
+    """Why this host has no local disk for the checkpoints of a case that wants one; nodes of a cluster have their own."""
+    here = session.backend.at_once is None and session.recorded is None
+    wanted = here and any(job.local_artifacts for job in launch.jobs((case,), 1))
+    return host.apart(scratch(session.options), session.run.folder) if wanted else None
 
 
 def _refused(backend: backends.Backend, case: Case) -> str | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ T = TypeVar("T", bound=BaseModel)
 
 PACK_OVER_BYTES = 262_144
 """Event files above this are gzipped once their record stands."""
+
+ARTIFACTS_ELSEWHERE = "harness-artifacts-"
+"""How the name of a folder begins that holds an attempt's artifacts on another disk."""
 
 LEAST_FREE_BYTES = 1_048_576
 """A disk with less than this free is full: a report takes several times as much."""
@@ -262,6 +266,15 @@ class Run:
         with contextlib.suppress(OSError):
             ticket.rename(ticket.with_name("ticket.disowned.json"))
 
+    def put_artifacts_on(self, disk: Path, job_id: str, attempt: int) -> None:
+        """Let an attempt's artifacts lie in a new folder on another disk, which only this user can enter."""
+        made = tempfile.mkdtemp(prefix=f"{ARTIFACTS_ELSEWHERE}{job_id[:40]}-", dir=disk.resolve())
+        (self.job_dir(job_id, attempt) / "artifacts").symlink_to(made)
+
+    def artifacts_elsewhere(self, job_id: str, attempt: int) -> Path | None:
+        """The folder on another disk that an attempt's artifacts lie in, `None` where they are in the run."""
+        return _elsewhere(self.job_dir(job_id, attempt))
+
     def tidy(self, job_id: str, attempt: int) -> None:
         """After the record stands: drop an attempt's large artifacts and gzip its long event and sample files."""
         folder = self.job_dir(job_id, attempt)
@@ -269,12 +282,25 @@ class Run:
             self._tidy(place)
 
     def _tidy(self, folder: Path) -> None:
+        if elsewhere := _elsewhere(folder):
+            shutil.rmtree(elsewhere, ignore_errors=True)
+        if (folder / "artifacts").is_symlink():
+            (folder / "artifacts").unlink()
         shutil.rmtree(folder / "artifacts", ignore_errors=True)
         for path in (*folder.glob("events.rank*.jsonl"), *folder.glob("gpu.samples.node*.jsonl")):
             if path.stat().st_size > PACK_OVER_BYTES:
                 with open(path, "rb") as source, gzip.open(f"{path}.gz", "wb") as target:
                     shutil.copyfileobj(source, target)
                 path.unlink()
+
+
+def _elsewhere(job_dir: Path) -> Path | None:
+    """Where the link in place of a job's artifacts leads, if `put_artifacts_on` made it: no other is followed."""
+    link = job_dir / "artifacts"
+    if not link.is_symlink():
+        return None
+    target = link.readlink()
+    return target if target.is_absolute() and target.name.startswith(ARTIFACTS_ELSEWHERE) else None
 
 
 def records_below(folder: Path) -> list[Path]:

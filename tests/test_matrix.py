@@ -231,6 +231,8 @@ def test_cases_and_skips_are_the_product_and_the_includes(
 # ---------------------------------------------------------------- rules
 
 TRAIN = "variant: nano-9b-v2, method: lora, seq_len: 64"
+WIDE = "devices: 4, nodes: 2, checkpoints: local"
+CHAINED = "chain: {variant: nano-9b-v2, train: {method: lora, seq_len: 64, strategy: ddp, devices: 4, "
 BROKEN = {
     "strategy_needs_several_devices": f"train: {{{TRAIN}, strategy: fsdp}}",
     "several_devices_need_a_strategy": f"train: {{{TRAIN}, devices: 2}}",
@@ -242,6 +244,7 @@ BROKEN = {
     "optimizer_needs_gpu": f"train: {{{TRAIN}, device: cpu, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, device: cpu, attention: flash_attention_2}}",
     "memory_cap_needs_gpu": f"train: {{{TRAIN}, device: cpu, memory_cap_gib: 24}}",
+    "local_checkpoints_between_nodes": f"train: {{{TRAIN}, {WIDE}, strategy: fsdp}}",
     "adapter_without_rank": f"train: {{{TRAIN}, lora_rank: 0}}",
     "lora_target_refused": f"train: {{{TRAIN}, lora_targets: [in_proj, out_proj]}}",
     "no_checkpoint": "train: {variant: tiny-hybrid, method: lora, seq_len: 64, weights: hub}",
@@ -251,6 +254,7 @@ BROKEN = {
     "load_over_max_model_len": "serve: {variant: nano-9b-v2, max_model_len: 16, load: {input_len: 8, output_len: 9}}",
     "heads_not_divisible": "serve: {variant: nano-9b-v2, tensor_parallel: 3}",
     "full_has_no_adapter": "chain: {variant: nano-9b-v2, train: {method: full, seq_len: 64}}",
+    "local_chain_between_nodes": CHAINED + "nodes: 2, checkpoints: local}}",
 }
 SOUND = {
     "strategy_needs_several_devices": f"train: {{{TRAIN}, strategy: fsdp, devices: 2}}",
@@ -263,6 +267,7 @@ SOUND = {
     "optimizer_needs_gpu": f"train: {{{TRAIN}, optimizer: paged_adamw_8bit}}",
     "flash_attention_needs_gpu": f"train: {{{TRAIN}, attention: flash_attention_2}}",
     "memory_cap_needs_gpu": f"train: {{{TRAIN}, memory_cap_gib: 24}}",
+    "local_checkpoints_between_nodes": f"train: {{{TRAIN}, {WIDE}, strategy: ddp}}",
     "adapter_without_rank": f"train: {{{TRAIN}, lora_rank: 1, lora_alpha: 1}}",
     "lora_target_refused": f"train: {{{TRAIN}, lora_targets: [in_proj]}}",
     "no_checkpoint": "train: {variant: nano-9b-v2, method: lora, seq_len: 64, weights: hub}",
@@ -272,6 +277,7 @@ SOUND = {
     "load_over_max_model_len": "serve: {variant: nano-9b-v2, max_model_len: 16, load: {input_len: 8, output_len: 8}}",
     "heads_not_divisible": "serve: {variant: nano-30b-a3b, tensor_parallel: 4}",
     "full_has_no_adapter": "chain: {variant: nano-9b-v2, train: {method: full, seq_len: 64}, serve: {adapter: merged}}",
+    "local_chain_between_nodes": CHAINED + "checkpoints: local}}",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from harness.schema import (
 )
 from harness.triage import ladder
 from harness.triage.ladder import Tried
+from harness.triage.probing import CHECKPOINT_PHASES
 from harness.triage.rungs import Means
 
 NCCL = LadderAsked(ladders=("nccl",))
@@ -61,8 +63,7 @@ def names(tried: list[Tried]) -> list[str]:
 def verdict(tried: list[Tried]) -> Diagnosis:
     """What the first case's diagnosis says in the end."""
     assert tried[0].diagnosis is not None
-    probes = [triage.Probed(one.rung, one.case, one.diagnosis) for one in tried
-              if one.rung and isinstance(one.case, ProbeCase)]  # fmt: skip
+    probes = [triage.Probed(one.rung, one.case, one.diagnosis) for one in tried if one.rung]
     return triage.with_evidence(tried[0].diagnosis, probes)
 
 
@@ -128,15 +129,75 @@ def test_what_a_probe_would_only_show_again_is_refused(failure: str) -> None:
     assert end.reason == ladder.ladders()["nccl"].refuses[failure]
 
 
-def test_a_checkpoint_s_disk_is_asked_for_where_one_was_written() -> None:
-    def why(phase: str) -> str:
-        tried = climb(train(), first=failed(phase=phase))
-        end = triage.next_rung(tried, NCCL, MEANS, obstacle)
-        assert isinstance(end, LadderEnd)
-        return next(one.why for one in end.passed_over if one.rung == "local_checkpoints")
+# ---------------------------------------------------------------- checkpoints on a local disk
 
-    assert "give --runs a folder on a local disk" in why("save")
-    assert "it failed in phase train" in why("train")
+
+def passed_over(tried: list[Tried], rung: str) -> str:
+    """Why the ladder that ends after `tried` left a rung out."""
+    end = triage.next_rung(tried, NCCL, MEANS, obstacle)
+    assert isinstance(end, LadderEnd)
+    return next(one.why for one in end.passed_over if one.rung == rung)
+
+
+@pytest.mark.parametrize("phase", sorted(CHECKPOINT_PHASES))
+def test_where_a_checkpoint_was_written_the_case_is_run_again_with_a_local_one(phase: str) -> None:
+    tried = climb(train(), "nccl_debug local_checkpoints", first=failed("stalled", phase))
+    assert names(tried) == ["nccl_debug", "local_checkpoints"]
+    again = tried[-1]
+    assert again.case == train(checkpoints="local")
+    assert again.rung is not None
+    assert [(one.field, one.before, one.after) for one in again.rung.change] == [("checkpoints", "run", "local")]
+    assert case_id(again.case) != case_id(train())
+
+
+def test_a_case_that_wrote_no_checkpoint_is_not_run_again_for_one() -> None:
+    assert "it failed in phase train" in passed_over(climb(train(), "nccl_debug"), "local_checkpoints")
+    saving = failed("stalled", "save")
+    local = climb(train(checkpoints="local"), "nccl_debug", first=saving)
+    assert "on a local disk already" in passed_over(local, "local_checkpoints")
+    serving = climb(ServeCase(variant="nano-9b-v2", tensor_parallel=2), "nccl_debug", first=saving)
+    assert "local_checkpoints" not in names(serving)
+
+
+def test_ranks_that_do_not_talk_come_before_their_checkpoints() -> None:
+    saving = failed("stalled", "save")
+    for works in ("", "interface", "p2p_off"):
+        tried = climb(train(), works, first=saving)
+        assert "do not talk as they are" in passed_over(tried, "local_checkpoints")
+
+
+def test_a_single_rank_that_hangs_while_saving_is_run_again_at_once() -> None:
+    tried = climb(train(devices=1, strategy="none"), "local_checkpoints", first=failed("stalled", "save"))
+    assert names(tried) == ["local_checkpoints"]
+    assert verdict(tried).showed == "With checkpoints on a local disk the case completes: the storage path is suspect."
+
+
+def test_the_training_half_of_a_chain_takes_its_checkpoints_along() -> None:
+    chain = ChainCase(train=train(), serve=ServeCase(variant="nano-9b-v2", adapter="adapter"))
+    again = climb(chain, "nccl_debug local_checkpoints", first=failed("stalled", "save"))[-1]
+    assert again.case == ChainCase(train=train(checkpoints="local"), serve=chain.serve)
+
+
+@pytest.mark.parametrize(
+    ("ended", "showed", "next_step"),
+    [
+        (None, "With checkpoints on a local disk the case completes: the storage path is suspect.", "file system"),
+        (failed("stalled", "save"), "it fails too (stalled in save): not the storage.", "the rank that stops first"),
+        (
+            failed("storage_full", "save"),
+            "failed otherwise (storage_full in save), which says nothing",
+            "Read the log.",
+        ),
+        (failed("oom_gpu_forward", "train"), "failed otherwise (oom_gpu_forward in train)", "Read the log."),
+    ],
+)
+def test_the_verdict_says_what_the_local_disk_showed(ended: Diagnosis | None, showed: str, next_step: str) -> None:
+    tried = climb(train(), "nccl_debug local_checkpoints", first=failed("stalled", "save"))
+    found = verdict([*tried[:-1], replace(tried[-1], diagnosis=ended)])
+    assert found.showed.startswith("Without the model the all-reduce of 4 ranks completes. ")
+    assert showed in found.showed
+    assert next_step in found.next_step
+    assert found.failure_class == "stalled"
 
 
 # ---------------------------------------------------------------- what they showed
@@ -171,7 +232,7 @@ def test_a_probe_that_works_makes_the_narrowing_ones_needless() -> None:
 
 
 def test_a_failure_while_saving_points_at_the_disk_where_the_network_works() -> None:
-    found = verdict(climb(train(), "nccl_debug", first=failed(phase="save")))
+    found = verdict(climb(train(), "nccl_debug", first=failed(phase="save"))[:-1])
     assert "local disk" in found.next_step
 
 
@@ -208,23 +269,24 @@ CASES = st.one_of(
     st.lists(st.booleans(), min_size=20, max_size=20),
     st.integers(1, 20),
     st.sets(st.sampled_from(["eth0", "ib0"])),
+    st.sampled_from([None, "train", "save", "reload"]),
 )
 def test_the_ladder_ends_never_revisits_and_changes_only_what_its_rung_declares(
-    case: AnyCase, failure: str, runs: list[bool], tries: int, interfaces: set[str]
+    case: AnyCase, failure: str, runs: list[bool], tries: int, interfaces: set[str], phase: str | None
 ) -> None:
     asked, means = NCCL.model_copy(update={"tries": tries}), Means(devices=8, interfaces=tuple(sorted(interfaces)))
-    tried = [Tried(case, None, failed(failure))]
+    tried = [Tried(case, None, failed(failure, phase))]
     for ran in runs:
         answer = triage.next_rung(tried, asked, means, obstacle)
         if isinstance(answer, LadderEnd):
             break
-        assert isinstance(answer.case, ProbeCase)
+        assert isinstance(answer.case, TrainCase if answer.rung.name == "local_checkpoints" else ProbeCase)
         assert obstacle(answer.case) is None
         assert case_id(answer.case) not in {case_id(one.case) for one in tried}
         entry = ladder.ladders()["nccl"].rungs[answer.rung.name]
         assert {change.field for change in answer.rung.change} <= set(entry.changes)
         tried.append(Tried(answer.case, answer.rung, None if ran else failed(failure)))
     assert isinstance(answer, LadderEnd)
-    assert len(tried) - 1 <= min(tries, 4)
+    assert len(tried) - 1 <= min(tries, 5)
     found = verdict(tried)
     assert bool(found.showed) == (len(tried) > 1)

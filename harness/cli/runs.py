@@ -84,6 +84,10 @@ def run(
             "--host-memory", min=0.01, help="End a job that needs more GiB of the host's memory (box docker)."
         ),
     ] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option("--scratch", help="Local disk for `checkpoints: local`; default: where temporary files go."),
+    ] = None,
     share_process: Annotated[
         bool,
         typer.Option("--share-process", help="Measure like training cases in one process: sooner, with fewer numbers."),
@@ -96,7 +100,7 @@ def run(
 
     backend, runs = placed(backend, site, runs)
     options = session.Options(
-        runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory, share_process
+        runs, backend, box, only, retry_failed, keep_artifacts, tuple(have or ()), host_memory, scratch, share_process
     )
     if dry_run:
         return _dry_run(matrix, options, as_json)

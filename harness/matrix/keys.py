@@ -170,6 +170,7 @@ TRAIN_ONLY: dict[str, Read] = {
     **_of(TrainCase, "attention", "steps", "warmup_steps"),
     "data": DATA,
     "memory_cap_gib": partial(_field, TrainCase, "memory_cap_gib"),
+    "checkpoints": partial(_field, TrainCase, "checkpoints"),
     "frontier": asked.frontier,
 }
 

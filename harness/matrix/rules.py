@@ -111,6 +111,13 @@ def memory_cap_needs_gpu(case: TrainCase) -> str | None:
     return None
 
 
+def local_checkpoints_between_nodes(case: TrainCase) -> str | None:
+    """A checkpoint that ranks of other nodes read back, on one node's disk."""
+    if case.checkpoints == "local" and case.nodes > 1 and case.strategy == "fsdp":
+        return "checkpoints: local is one node's disk; under fsdp the ranks of all nodes read the checkpoint back."
+    return None
+
+
 def adapter_without_rank(case: TrainCase) -> str | None:
     """An adapter that would train nothing."""
     if catalog.methods()[case.method].adapter and 0 in (case.lora_rank, case.lora_alpha):
@@ -188,6 +195,15 @@ def full_has_no_adapter(case: ChainCase) -> str | None:
     return None
 
 
+def local_chain_between_nodes(case: ChainCase) -> str | None:
+    """A base that ranks of other nodes start from, on one node's disk."""
+    if case.train.checkpoints == "local" and case.train.nodes > 1:
+        return (
+            "checkpoints: local is one node's disk; in a chain the ranks of all nodes start from what is saved there."
+        )
+    return None
+
+
 # ---------------------------------------------------------------- probes
 
 
@@ -223,6 +239,7 @@ TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     optimizer_needs_gpu,
     flash_attention_needs_gpu,
     memory_cap_needs_gpu,
+    local_checkpoints_between_nodes,
     adapter_without_rank,
     lora_target_refused,
     no_checkpoint,
@@ -235,7 +252,7 @@ SERVE_RULES: Sequence[Callable[[ServeCase], str | None]] = (
     heads_not_divisible,
     no_checkpoint,
 )
-CHAIN_RULES: Sequence[Callable[[ChainCase], str | None]] = (full_has_no_adapter,)
+CHAIN_RULES: Sequence[Callable[[ChainCase], str | None]] = (full_has_no_adapter, local_chain_between_nodes)
 PROBE_RULES: Sequence[Callable[[ProbeCase], str | None]] = (
     probe_needs_two_ranks,
     ranks_uneven_over_nodes,

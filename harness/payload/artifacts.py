@@ -25,6 +25,14 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2}
 computes in another order, which moves a logit of magnitude 1 by a few units in the last place of its dtype."""
 
 
+def misplaced(case: dict[str, Any]) -> list[str]:
+    """What is wrong with the place of the artifacts, a sentence each."""
+    if case["checkpoints"] == "run":
+        return []
+    apart = ARTIFACTS.is_dir() and ARTIFACTS.stat().st_dev != Path().stat().st_dev
+    return [] if apart else ["checkpoints: local was asked for, and artifacts lie on the run directory's file system"]
+
+
 def save_base(case: dict[str, Any], variant: dict[str, Any], tokenizer: Any, device: str) -> None:
     """Save the random weights that both training and serving start from, part by part, with their tokenizer."""
     drawn = models.drawn_units(case, variant, device)

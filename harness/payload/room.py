@@ -64,8 +64,9 @@ def needed_bytes(case: dict[str, Any], variant: dict[str, Any], keep: str) -> in
 
 
 def check_disk(case: dict[str, Any], variant: dict[str, Any], keep: str) -> None:
-    """Raises OSError (ENOSPC) where the disk of the job directory has less room than the case will write."""
-    needed, free = needed_bytes(case, variant, keep), shutil.disk_usage(".").free
+    """Raises OSError (ENOSPC) where the disk of the artifacts has less room than the case will write."""
+    place = "artifacts" if os.path.isdir("artifacts") else "."
+    needed, free = needed_bytes(case, variant, keep), shutil.disk_usage(place).free
     if needed > free:
         room = f"this case writes about {math.ceil(needed / 1e9)} GB, {free / 1e9:.1f} GB are free"
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {room}")

@@ -171,6 +171,7 @@ class MeteredTrainer(SFTTrainer):
         """Write what really is set up; raises NotAsRequested where the case asks for something else."""
         found = proof.examine(self.model_wrapped, self.optimizer, self.case, self.variant)
         found["memory_cap"] = self.memory.cap.facts() if self.memory.cap else None
+        found["mismatches"] += artifacts.misplaced(self.case)
         self.journal.write("proof", **found)
         if found["mismatches"]:
             raise NotAsRequested("; ".join(found["mismatches"]))

@@ -75,7 +75,7 @@ def _flat(case: AnyCase) -> dict[str, object]:
 
 
 def _buys_evidence(record: Record) -> bool:
-    return record.case.kind == "probe"
+    return record.rung is not None and record.rung.ladder == "nccl"
 
 
 # ---------------------------------------------------------------- searches

@@ -78,6 +78,8 @@ class TrainCase(CaseBase):
     """Hosts that the ranks are spread over evenly: `devices / nodes` on each."""
     cpu_offload: bool = False
     """FSDP2 keeps its shards, their gradients and the optimizer's state on the host, and the optimizer runs there."""
+    checkpoints: Literal["run", "local"] = "run"
+    """Where checkpoints, adapters and merged models are written: into the run directory, or to a local disk."""
 
 
 class ServeCase(CaseBase):
@@ -224,7 +226,8 @@ def _slug(case: AnyCase) -> str:
     place = f"{case.strategy}{case.devices}" if case.strategy != "none" else "one"
     cap = "" if case.memory_cap_gib is None else f"-cap{case.memory_cap_gib:g}"
     nodes = "" if case.nodes == 1 else f"-n{case.nodes}"
-    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}{nodes}{cap}"
+    local = "-local" if case.checkpoints == "local" else ""
+    return f"train-{case.variant}-{case.method}-s{case.seq_len}-b{case.micro_batch}-{place}{nodes}{cap}{local}"
 
 
 def _probe_slug(case: ProbeCase) -> str:

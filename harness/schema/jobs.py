@@ -46,6 +46,8 @@ class Job(Frozen):
     stall_s: float
     host_memory_gib: float | None = None
     """What all of it together may use of a host's memory, where its box or backend can hold it to that."""
+    local_artifacts: bool = False
+    """Its `artifacts` lie on a disk of the host, not in the job directory."""
     files: dict[str, str] = {}
     """Small text files to lay into the job directory before the start, by relative name."""
     payload: dict[str, JsonValue]

@@ -1,7 +1,7 @@
-"""The rungs of the communication ladder: a case whose ranks failed to talk -> a probe that buys evidence.
+"""The rungs of the communication ladder: a case whose ranks failed to talk -> a rerun that buys evidence.
 
-Each maker has the name of its entry in `ladders/nccl.yaml`, which says in what order and at what cost. A probe has no
-model and takes a minute: what it can do without the case's own code tells whose fault it is.
+Each maker has the name of its entry in `ladders/nccl.yaml`, which says in what order and at what cost. Most make a
+probe: it has no model and takes a minute, and what it can do without the case's own code tells whose fault it is.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.schema import Diagnosis, ProbeCase, Rung, TrainCase
+from harness.schema import AnyCase, Diagnosis, ProbeCase, Rung, TrainCase
 from harness.triage.rungs import Maker, Means, Part
 
 CHECKPOINT_PHASES = frozenset({"save", "eval", "reload", "merge"})
 """In which a slow disk looks like a slow network."""
+OF_THE_DISK = frozenset({"storage_full"})
+"""Failures that a local disk brings of its own."""
+_ITSELF = "Look at what the case's own ranks did before it: the rank that stops first, its data, its memory."
 _WORKS = "the ranks reduce together as they are ({})"
 
 
@@ -51,12 +54,16 @@ def p2p_off(case: Part, means: Means) -> ProbeCase | str:
     return _probe(case, p2p=False, **few)
 
 
-def local_checkpoints(case: Part, means: Means) -> str:
-    """Where the run directory is, checkpoints are: no case can move it."""
+def local_checkpoints(case: Part, means: Means) -> TrainCase | str:
+    """The case once more, its checkpoints on a local disk."""
     phase = means.diagnosis.phase if means.diagnosis else None
     if not isinstance(case, TrainCase) or phase not in CHECKPOINT_PHASES:
         return f"it failed in phase {phase or 'unknown'}, and not while a checkpoint was written"
-    return "checkpoints lie in the run directory, which a case cannot move: give --runs a folder on a local disk"
+    if case.checkpoints == "local":
+        return "its checkpoints lay on a local disk already"
+    if means.ran and not means.ran.get("nccl_debug"):
+        return "the ranks do not talk as they are even where nothing is written"
+    return case.model_copy(update={"checkpoints": "local"})
 
 
 RUNGS: Mapping[str, Maker] = {
@@ -83,10 +90,10 @@ def _worked(means: Means) -> str | None:
 
 @dataclass(frozen=True)
 class Probed:
-    """A rung that was climbed, and how its probe ended."""
+    """A rung that was climbed, and how its case ended."""
 
     rung: Rung
-    case: ProbeCase
+    case: AnyCase
     diagnosis: Diagnosis | None
     """`None` where it ran as asked."""
 
@@ -101,6 +108,8 @@ def with_evidence(diagnosis: Diagnosis, probes: Sequence[Probed]) -> Diagnosis:
 
 def _conclusion(probes: Sequence[Probed], phase: str | None) -> tuple[str, str]:
     """One sentence, and what to do; `phase` is that in which the case failed."""
+    if probes[-1].rung.name == "local_checkpoints":
+        return _of_storage(probes[-1], probes[:-1])
     last = next((one for one in probes if one.diagnosis is None), probes[-1])
     ranks = f"{last.case.devices} ranks"
     if last.diagnosis is not None:
@@ -109,14 +118,12 @@ def _conclusion(probes: Sequence[Probed], phase: str | None) -> tuple[str, str]:
     return {
         "nccl_debug": (
             f"Without the model the all-reduce of {ranks} completes: the communication works, at least for a minute.",
-            "Write checkpoints to a local disk: give --runs a folder there."
-            if phase in CHECKPOINT_PHASES
-            else "Look at what the case's own ranks did before it: the rank that stops first, its data, its memory.",
+            "Write checkpoints to a local disk: give --runs a folder there." if phase in CHECKPOINT_PHASES else _ITSELF,
         ),
         "interface": (
-            f"With the interface pinned to {last.case.interface} the all-reduce of {ranks} completes: "
+            f"With the interface pinned to {_interface(last.case)} the all-reduce of {ranks} completes: "
             "the choice of interface is the cause.",
-            f"Set {_variable(last.case)}={last.case.interface} for the job.",
+            f"Set {_variable(last.case)}={_interface(last.case)} for the job.",
         ),
         "two_ranks": (
             f"Two ranks reduce together, {_more(probes)} do not: the fault lies beyond the first pair.",
@@ -129,6 +136,21 @@ def _conclusion(probes: Sequence[Probed], phase: str | None) -> tuple[str, str]:
     }[last.rung.name]
 
 
+def _of_storage(rerun: Probed, probes: Sequence[Probed]) -> tuple[str, str]:
+    """What the case showed with its checkpoints on a local disk, after probes that worked, if any."""
+    talk = f"Without the model the all-reduce of {probes[-1].case.devices} ranks completes. " if probes else ""
+    if rerun.diagnosis is None:
+        return (f"{talk}With checkpoints on a local disk the case completes: the storage path is suspect.",
+                "Write checkpoints to a local disk (`checkpoints: local`), and look at the file system of the run "
+                "directory: its server, its mount options, its quota.")  # fmt: skip
+    failure, phase = rerun.diagnosis.failure_class, rerun.diagnosis.phase
+    if phase in CHECKPOINT_PHASES and failure not in OF_THE_DISK:
+        return f"{talk}With checkpoints on a local disk it fails too ({failure} in {phase}): not the storage.", _ITSELF
+    where = f"{failure} in {phase}" if phase else failure
+    return (f"{talk}With checkpoints on a local disk it failed otherwise ({where}), which says nothing of the storage.",
+            rerun.diagnosis.next_step)  # fmt: skip
+
+
 def _failed(one: Probed) -> str:
     failure = one.diagnosis.failure_class if one.diagnosis else ""
     return f"{one.rung.name}: {failure}"
@@ -138,8 +160,12 @@ def _more(probes: Sequence[Probed]) -> int:
     return max(one.case.devices for one in probes)
 
 
-def _variable(case: ProbeCase) -> str:
+def _variable(case: AnyCase) -> str:
     return "GLOO_SOCKET_IFNAME" if case.device == "cpu" else "NCCL_SOCKET_IFNAME"
+
+
+def _interface(case: AnyCase) -> str | None:
+    return case.interface if isinstance(case, ProbeCase) else None
 
 
 def _look_at(last: Probed) -> str:

@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "helper": False,  # starts a child in a session of its own, which outlives it
     "write_bytes": 0,  # into a file, at the first step
     "room": None,  # runs out of memory at the first step where micro_batch * seq_len tokens are more
+    "slow_in_run": 0.0,  # seconds that a checkpoint takes where it is written into the job directory
     "oom": "CUDA out of memory. Tried to allocate 96.00 MiB.",  # what it says then
 }
 FAKE = DEFAULTS | json.loads(os.environ.get("FAKE", "{}"))
@@ -44,10 +45,16 @@ def train(job: dict[str, Any], case: dict[str, Any]) -> None:
             log.write("step", step=step, start=time.time(), step_time_s=0.5, tokens=64, padded_tokens=64,
                       loss=2.0 / step, grad_norm=1.0)  # fmt: skip
     logs[0].write("eval", loss=1.0, duration_s=0.1)
+    for log in logs:
+        log.write("phase", name="save", state="begin")
+    os.makedirs("artifacts", exist_ok=True)
+    time.sleep(0 if os.path.islink("artifacts") else FAKE["slow_in_run"])
+    with open("artifacts/checkpoint", "w") as file:
+        file.write("weights")
     logs[0].write("save", bytes=10, files=1, writer_rank=0, duration_s=0.1)
     logs[0].write("reload", ok=True, max_abs_logit_difference=0.0, checks={})
     if job["keep"] != "none":
-        os.makedirs("artifacts/adapter")
+        os.makedirs("artifacts/adapter", exist_ok=True)
     if job["keep"] == "merged":
         logs[0].write("merge", duration_s=0.1, peak_rss_bytes=10, path="artifacts/merged")
     for log in logs:

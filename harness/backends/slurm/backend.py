@@ -69,6 +69,8 @@ class Slurm:
             return f"needs {per_node} {what} on a node; a node of the site has {most}"
         if place.max_time_limit_s is not None and job.time_limit_s > place.max_time_limit_s:
             return f"may take {job.time_limit_s:g} s; the site ends a job after {place.max_time_limit_s:g} s"
+        if job.local_artifacts and not place.scratch:
+            return "checkpoints: local needs a disk of the node; the site file names none (scratch)"
         if place.images and job.environment not in place.images:
             return f"needs an image for {job.environment}; the site file names none"
         return None

@@ -150,6 +150,11 @@ def on_scratch(order: Order) -> bool:
     return bool(order.site.scratch) and order.job.nodes == 1
 
 
+def by_node(order: Order) -> bool:
+    """Whether they lie on the disks of several nodes, because the case asks for local ones."""
+    return bool(order.site.scratch) and order.job.nodes > 1 and order.job.local_artifacts
+
+
 def _scratch(order: Order) -> list[str]:
     return [
         "# The node's own disk: slow shared storage looks like a hanging network. Caches stay for the next job.",
@@ -163,7 +168,15 @@ def _scratch(order: Order) -> list[str]:
         "tmp=$scratch/tmp",
         "if [ ${#tmp} -le 60 ]; then export TMPDIR=$tmp; fi",
         "export VLLM_CACHE_ROOT=$caches/vllm XDG_CACHE_HOME=$caches",
+        *(_BY_NODE if by_node(order) else ()),
     ]
+
+
+_BY_NODE = (
+    "# Checkpoints too, under one name on every node: only the rank that writes one reads it back.",
+    "artifacts=$scratch_root/harness-${USER:-$(id -un)}/$SLURM_JOB_ID.artifacts",
+    'mkdir -p "$artifacts"',
+)
 
 
 ON_NODE = r"""
@@ -216,7 +229,7 @@ fi
 
 def _on_node(order: Order) -> str:
     alone = order.site.scratch and order.job.nodes > 1  # else the batch script still has artifacts to copy from it
-    tidy = 'rm -rf "$scratch"' if alone else ":"
+    tidy = 'rm -rf "$scratch"' + (' "$artifacts"' if by_node(order) else "") if alone else ":"
     by_ip = order.site.head_address == "ip" and order.job.nodes > 1
     address = "export PET_LOCAL_ADDR=$(hostname -I | cut -d' ' -f1) # how torchrun names this node to the others"
     words = {"{launcher}": launcher(order.argv), "{tidy}": tidy, "{address}": address if by_ip else ":"}
@@ -306,10 +319,14 @@ def _container_option(option: str, site: Site) -> str:
 def _prepare(order: Order) -> str:
     if not order.site.scratch:
         return ":"
+    if by_node(order):
+        return PREPARE_SHARED + '\n[ -e artifacts ] || ln -s "$artifacts" artifacts'
     return PREPARE if on_scratch(order) else PREPARE_SHARED
 
 
 def _finish(order: Order) -> str:
+    if by_node(order):
+        return 'rm -rf artifacts "$artifacts"'
     if not on_scratch(order):
         return ":"
     if order.site.copy_back == "needed" and order.job.payload.get("keep", "none") == "none":

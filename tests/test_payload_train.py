@@ -352,6 +352,30 @@ def test_no_rank_ever_holds_the_whole_model_while_it_loads(runner: Runner) -> No
         assert said["own"] <= said["grown"] < said["whole"]
 
 
+OFFLOADED = """
+import json
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from harness.payload import shard
+torch.cuda.set_device = lambda number: None  # there is none here
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+unit = torch.nn.Linear(3, 4, bias=False, device="meta")
+own = DTensor.from_local(unit.weight.detach(), init_device_mesh("cuda", (1,)), [Shard(0)], run_check=False)
+unit.weight = torch.nn.Parameter(own)
+shard._fill(unit, {"weight": lambda start, stop: torch.ones(4, 3)[start:stop]}, "cuda:0", offloaded=True)
+filled = unit.weight
+total = filled.to_local().sum().item()
+print(json.dumps({"on": filled.device.type, "of": filled.device_mesh.device_type, "sum": total}))
+"""
+
+
+def test_offloaded_shards_are_filled_on_the_host_though_their_mesh_is_of_gpus(runner: Runner) -> None:
+    """FSDP2 refuses to start where one of them says that it lies on a GPU."""
+    assert python(runner, runner.folder, OFFLOADED) == {"on": "cpu", "of": "cuda", "sum": 12.0}
+
+
 # ---------------------------------------------------------------- what ends a case
 
 

@@ -37,6 +37,7 @@ def load(case: dict[str, Any], variant: dict[str, Any], base: str | None, device
     source = _drawn(case, variant, device) if base is None else _read(case, variant, base)
     for unit, rows in source:
         _fill(models.base_of(with_adapter).get_submodule(unit), rows, device, case["cpu_offload"])
+        rows.clear()  # they hold the block's values, and the next block is made before this name is given anew
     left = [name for name, tensor in _tensors(with_adapter) if tensor.is_meta]
     if left:
         raise RuntimeError(f"{len(left)} tensors got no values, such as {left[0]}")
@@ -110,10 +111,9 @@ def _fill(unit: nn.Module, rows: dict[str, Rows], device: str, offloaded: bool) 
             continue
         source = rows[name.replace(".base_layer.", ".")]
         if isinstance(tensor, DTensor):
-            start, stop = _own_rows(tensor)
-            own = source(start, stop).to("cpu" if offloaded else device, tensor.dtype, copy=True)
-            state[name] = DTensor.from_local(own, tensor.device_mesh, tensor.placements, run_check=False,
-                                             shape=tensor.shape, stride=tensor.stride())  # fmt: skip
+            # Not by DTensor.from_local, which moves to the GPU what shall stay on the host.
+            state[name] = torch.empty_like(tensor, device="cpu" if offloaded else device, requires_grad=False)
+            state[name].to_local().copy_(source(*_own_rows(tensor)))
         else:
             state[name] = source(0, tensor.shape[0]).to(device, tensor.dtype, copy=True)
     unit.load_state_dict(state, strict=False, assign=True)

@@ -127,7 +127,9 @@ class Gatherer:
         self._ignored: dict[str, int] = {}
         """Speaker -> line after which Python prints an exception that it goes on after."""
         self._begun = self._ended = False
-        self._after_frame = self._stopping = False
+        self._stopping = False
+        self._after_frame: str | None = None
+        """How the line after a frame begins if it is the frame's source, without numbers."""
         self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
         self._table: dict[str, str] | None = None
         self._relevance = Relevance()
@@ -194,14 +196,16 @@ class Gatherer:
         """Whether the line belongs to a traceback's body, which is kept as context and says nothing by itself."""
         if "frame #" in text and words.CPP_FRAME.search(text):
             return True
-        if self._after_frame:
-            self._after_frame = False
-            if not self._asked("exception", words.EXCEPTION, text) and not self._asked("frame", words.FRAME, text):
+        if (prefix := self._after_frame) is not None:
+            self._after_frame = None
+            if NUMBER.sub("", text).startswith(prefix) and not (
+                self._asked("exception", words.EXCEPTION, text) or self._asked("frame", words.FRAME, text)
+            ):
                 self._stack(speaker).append(text[:300])
                 return True
         if self._asked("frame", words.FRAME, text):
             self._stack(speaker).append(words.as_python_says(text[:500]))
-            self._after_frame = 'File "' in text or words.CUT_FRAME.search(text) is not None
+            self._after_frame = words.before_frame(text)
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)

@@ -18,7 +18,8 @@ CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\
 CUT_FRAME = re.compile(r"\.pyx?:\d{1,6} in\W*$")
 """A frame of rich's whose function stands in the next line."""
 SOURCE = re.compile(
-    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b|\braise [A-Za-z_][\w.]{0,80}\("
+    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b"
+    r"|\braise (?:[A-Za-z_][\w.]{0,80}\(|[A-Z]\w{0,80}$)"
     r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#|│ *(?:❱ *)?\d{1,6} │|^-{2,}> ?\d{1,6} "
 )
 """A line of source that a traceback quotes, which names errors without being one."""
@@ -29,8 +30,9 @@ EXCEPTION = re.compile(
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
 CRASH = re.compile(
-    r"Segmentation fault|SIGSEGV|core dumped|Fatal Python error|terminate called after throwing|Caught signal \d+"
-    r"|exitcode\s*: -(?:6|11|7|8|4)\b|\bexit code (?:139|134)\b|signal 11\b|\bSIGABRT\b|Aborted \("
+    r"Segmentation fault|[Ss]egfault encountered|SIGSEGV|core dumped"
+    r"|Fatal Python error|terminate called after throwing|Caught signal \d+"
+    r"|exitcode\s*: -(?:6|11|7|8|4)\b|\bexit code:? (?:139|134|-11)\b|signal 11\b|\bSIGABRT\b|Aborted \("
 )
 PHASE = re.compile(
     r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training"
@@ -110,7 +112,7 @@ PATTERNS = (
     "Logging error ---", '"kind":"end"',
     r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
     "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
-    "Segmentation fault",
+    "Segmentation fault", "egfault",
     "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
     r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
     "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running",
@@ -187,6 +189,14 @@ def as_python_says(frame: str) -> str:
     if not found or not found["place"]:
         return frame
     return f'  File "{found["place"]}", line {found["number"]}, in {(found["name"] or "?").rpartition(".")[2]}'
+
+
+def before_frame(frame: str) -> str | None:
+    """What stands before a frame, and so before its line of source, without numbers; None where no source follows."""
+    if CUT_FRAME.search(frame):
+        return ""
+    head, found, _ = frame.partition('File "')
+    return "".join(one for one in head if not one.isdecimal()) if found else None
 
 
 def gpu_of(text: str) -> str | None:

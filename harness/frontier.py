@@ -15,6 +15,8 @@ from harness.schema import AnyCase, Record, case_id
 OUT_OF_MEMORY = frozenset({"oom_gpu_load", "oom_gpu_forward", "oom_gpu_backward", "oom_gpu_optimizer",
                            "oom_gpu_save_eval"})  # fmt: skip
 """Failure classes that say of a case on a GPU that it does not fit; contention says nothing of it."""
+OF_A_SERVER = frozenset({"serve_kv_cache"})
+"""And of a server: its cache does not hold one request of that length, or a Mamba state for each sequence."""
 BELOW, ABOVE, OPEN = "frontier_below", "frontier_above", "frontier_open"
 RULES = frozenset({BELOW, ABOVE, OPEN})
 """Rules of the skips that a search makes."""
@@ -48,7 +50,8 @@ class Point:
 
 
 def _too_large(case: AnyCase) -> frozenset[str]:
-    return OUT_OF_MEMORY | {"oom_host"} if case.device == "cpu" else OUT_OF_MEMORY
+    more = {"oom_host"} if case.device == "cpu" else set()
+    return OUT_OF_MEMORY | more | (OF_A_SERVER if case.kind == "serve" else set())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import pytest
 
 from harness import drill
 from harness.drill.faults import chosen, faults, job_of
+from harness.drill.run import _not_injected
 from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary, table, truth_of
 from harness.errors import HarnessError
 from harness.schema import Culprit, LogVerdict, NextStep
@@ -167,6 +168,14 @@ def test_the_table_fits_80_columns() -> None:
     out = Console(width=80, record=True, file=io.StringIO())
     out.print(table([drilled("right"), drilled("wrong", found="unknown")]))
     assert max(map(len, out.export_text().splitlines())) <= 80
+
+
+def test_a_program_that_failed_before_its_deed_counts_as_not_injected() -> None:
+    (fault,) = chosen("gpu-oom-evaluate", "cuda")
+    truth = truth_of(fault, debug=False)
+    assert _not_injected(truth, {"exit_code": 1, "undone": "training failed"}) == "training failed"
+    assert _not_injected(truth, {"exit_code": 1}) == ""
+    assert "nothing were wrong" in _not_injected(truth, {"exit_code": 0})
 
 
 # ---------------------------------------------------------------- for real

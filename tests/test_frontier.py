@@ -88,6 +88,17 @@ def test_contention_is_no_word_about_size() -> None:
     assert {rule for _, rule, _ in found.idle} == {frontier.OPEN}
 
 
+def test_a_server_whose_cache_is_too_small_is_too_large() -> None:
+    cases = [records.serve_case(device="cuda", max_model_len=length) for length in (4_096, 32_768, 131_072)]
+    failed = as_record(CASE, "serve_kv_cache").model_copy(update={"case": cases[1], "case_id": case_id(cases[1])})
+    found = frontier.search("max_model_len", cases, {failed.case_id: failed})
+    assert found.fails is not None
+    assert found.fails.value == 32_768
+    assert found.next is not None
+    assert found.next.value == 4_096
+    assert frontier.Point("of training", 1, as_record(CASE, "serve_kv_cache")).state == "failed otherwise"
+
+
 def test_it_is_found_again_from_records_alone() -> None:
     found, done = searched(range(64, 2048, 64), lambda value: None if value <= 700 else "oom_gpu_backward")
     (again,) = frontier.searches(list(done.values()))

@@ -482,6 +482,12 @@ def test_a_range_is_a_grid_and_a_frontier_searches_it(tmp_path: Path) -> None:
     assert sorted(name for search in plan.frontiers for name in search.case_ids) == sorted(lengths)
 
 
+def test_a_servers_limits_are_searched_one_load_at_a_time(tmp_path: Path) -> None:
+    text = """serve: {variant: nano-9b-v2, max_num_seqs: [64, 256, 1024], frontier: max_num_seqs,
+      load: [{concurrency: 1, input_len: 8, output_len: 8, requests: 1}, {concurrency: 4, input_len: 8, output_len: 8, requests: 4}]}"""
+    assert [len(search.case_ids) for search in planned(tmp_path, text).frontiers] == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -191,6 +191,8 @@ def _not_injected(truth: Truth, ended: dict[str, object]) -> str:
     """Why the fault cannot count as made; empty where it can."""
     if not ended:
         return "the stage left no word; its stderr.log says why"
+    if reason := ended.get("undone"):
+        return str(reason)
     if truth.failure_class == "no_failure" and ended["exit_code"] != 0:
         return f"the healthy run ended with exit code {ended['exit_code']}"
     if truth.failure_class not in ("no_failure", "nan_loss") and ended["exit_code"] == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.matrix.source import Node, refuse_unknown, shown
@@ -11,8 +11,10 @@ from harness.schema import AnyCase, ChainCase, Frontier, LadderAsked, case_id
 Point = dict[str, Any]
 
 LADDERS: dict[str, tuple[str, ...]] = {"off": (), "oom": ("oom",), "nccl": ("nccl",), "both": ("oom", "nccl")}
-SEARCHED = ("seq_len", "micro_batch")
-"""Keys that a frontier can search, and that take a range in place of a list."""
+OF_TRAINING, OF_SERVING = ("seq_len", "micro_batch"), ("max_num_seqs", "max_model_len")
+"""Keys that a frontier can search in a block of its kind."""
+SEARCHED = OF_TRAINING + OF_SERVING
+"""Keys that take a range in place of a list."""
 RANGE = ("from", "to", "step")
 MAX_RANGE = 10_000
 """A longer range is taken for a mistake."""
@@ -25,10 +27,10 @@ def ladder(key: str, node: Node) -> tuple[str, ...]:
     return LADDERS[str(node.value)]
 
 
-def frontier(key: str, node: Node) -> str:
-    """The key to search."""
-    if node.value not in SEARCHED:
-        node.fail(f"{key}: {shown(node)} is not one of {', '.join(SEARCHED)}")
+def frontier(keys: Sequence[str], key: str, node: Node) -> str:
+    """The key to search, one of `keys`."""
+    if node.value not in keys:
+        node.fail(f"{key}: {shown(node)} is not one of {', '.join(keys)}")
     return str(node.value)
 
 
@@ -51,7 +53,7 @@ def check_frontier(axes: Mapping[str, Any], block: Node) -> None:
     if "frontier" not in axes:
         return
     asked = axes["frontier"]
-    if len(axes[asked.values[0]].values) < 3:
+    if asked.values[0] not in axes or len(axes[asked.values[0]].values) < 3:
         asked.node.fail(
             f"frontier: {asked.values[0]} has too few values to search",
             f"give bounds and a step, such as `{asked.values[0]}: {{from: 512, to: 16384, step: 512}}`",

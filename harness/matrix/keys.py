@@ -171,7 +171,7 @@ TRAIN_ONLY: dict[str, Read] = {
     "data": DATA,
     "memory_cap_gib": partial(_field, TrainCase, "memory_cap_gib"),
     "checkpoints": partial(_field, TrainCase, "checkpoints"),
-    "frontier": asked.frontier,
+    "frontier": partial(asked.frontier, asked.OF_TRAINING),
 }
 
 NOT_IN_CHAIN = frozenset({"memory_cap_gib", "frontier"})
@@ -182,9 +182,13 @@ SERVE_ONLY: dict[str, Read] = {
     "adapter": _adapter_to_serve,
     **_of(ServeCase, "enforce_eager", "cudagraph_max", "gpu_memory_utilization", "mamba_ssm_cache_dtype"),
     "load": _load_point,
+    "frontier": partial(asked.frontier, asked.OF_SERVING),
 }
 
-CHAIN_SERVE_ONLY: dict[str, Read] = {**SERVE_ONLY, "adapter": _trained}
+CHAIN_SERVE_ONLY: dict[str, Read] = {
+    **{name: read for name, read in SERVE_ONLY.items() if name not in NOT_IN_CHAIN},
+    "adapter": _trained,
+}
 
 PROBE: dict[str, Read] = {
     **_of(ProbeCase, "device", "devices", "nodes", "interface", "p2p", "iterations", "debug"),

@@ -183,6 +183,13 @@ def no_gpu() -> None:
     torch.zeros(8).to("cuda")
 
 
+def far_gpu() -> None:
+    """Ask for a GPU of a number that no host has."""
+    import torch
+
+    torch.zeros(8).to("cuda:99")
+
+
 def quantized_by_absentee() -> None:
     """Load a checkpoint quantized by a library that is not here."""
     from transformers import AutoModelForCausalLM

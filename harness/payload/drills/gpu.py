@@ -5,13 +5,14 @@ Memory is limited through PyTorch's own allocator; no setting of the GPU is touc
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from harness.payload.drills.deed import done, intend
 
 GIB = 2**30
 OUT = Path("out")
@@ -28,6 +29,12 @@ def limit_to_more(gib: float) -> None:
     """Let it take `gib` more than tensors hold now."""
     torch.cuda.empty_cache()
     limit(torch.cuda.memory_allocated() / GIB + gib)
+
+
+def limit_to_peak(gib: float) -> None:
+    """Let it take `gib` more than it has ever taken so far: what ran before runs again, however much that was."""
+    torch.cuda.empty_cache()
+    limit(torch.cuda.max_memory_reserved() / GIB + gib)
 
 
 def llama(**more: Any) -> Any:
@@ -104,18 +111,19 @@ def optimizer() -> None:
 
 
 def evaluate() -> None:
-    """Training fits; evaluation keeps all logits on the GPU."""
+    """Training and the evaluation of one batch fit; evaluation that keeps all logits on the GPU does not."""
     from transformers import Trainer, TrainingArguments
 
     rows = [{"input_ids": [7] * 512, "labels": [7] * 512} for _ in range(96)]
     settings = TrainingArguments(output_dir=str(OUT), max_steps=2, per_device_train_batch_size=1, report_to="none",
                                  per_device_eval_batch_size=8, save_strategy="no")  # fmt: skip
-    trainer = Trainer(
-        llama(num_hidden_layers=2), settings, train_dataset=rows, eval_dataset=rows, compute_metrics=lambda _: {}
-    )
+    trainer = Trainer(llama(num_hidden_layers=2), settings, train_dataset=rows, compute_metrics=lambda _: {})
+    intend("training or the evaluation of one batch failed")
     trainer.train()
-    limit_to_more(3.0)
-    trainer.evaluate()
+    trainer.evaluate(rows[:8])
+    limit_to_peak(0.1)
+    done()
+    trainer.evaluate(rows)
 
 
 def save() -> None:
@@ -194,44 +202,6 @@ def after_fork() -> None:
 
 def _use() -> None:
     torch.zeros(8, device=DEVICE)
-
-
-# ---------------------------------------------------------------- serving
-
-
-def small_cache() -> None:
-    """A vLLM server whose cache holds no request of the length that it shall serve."""
-    sys.argv = ["api_server", *_server("--max-model-len", "1000000")]
-    _serve()
-
-
-def unknown_parser() -> None:
-    """A vLLM server with a reasoning parser that it does not have."""
-    sys.argv = ["api_server", *_server("--reasoning-parser", "nano_v9")]
-    _serve()
-
-
-def _server(*more: str) -> list[str]:
-    """Arguments for a tiny model without weights."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=256,
-                num_key_value_heads=4, max_position_embeddings=2_000_000,
-                architectures=["LlamaForCausalLM"]).save_pretrained(OUT)  # fmt: skip
-    words = {chr(33 + number): number for number in range(90)}
-    words |= {f"<{number}>": number for number in range(90, 256)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="!")), eos_token="!",
-                            unk_token="!").save_pretrained(OUT)  # fmt: skip
-    memory = [] if os.environ.get("DRILL_DEVICE") == "cpu" else ["--kv-cache-memory-bytes", "268435456"]
-    return ["--model", str(OUT), "--load-format", "dummy", "--dtype", "bfloat16", "--enforce-eager", "--port", "0",
-            *memory, *more]  # fmt: skip
-
-
-def _serve() -> None:
-    import runpy
-
-    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 
 # ---------------------------------------------------------------- nothing is wrong

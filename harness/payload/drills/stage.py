@@ -20,10 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.payload.drills.deed import UNDONE
+
 SEEN = Path("seen")
 CONSOLE = SEEN / "console.log"
 POLL_S = 0.1
 HOLDER_LIMIT_S = 40.0
+LIBRARIES = {"vllm": "vLLM", "triton": "Triton"}
 OWN_FILES = ("events.rank*.jsonl", "nccl_trace_rank_*", "nccl.*.log", "server.log", "prepare.log")
 """What a job of ours leaves in its directory and a person would look at."""
 
@@ -42,7 +45,8 @@ def main(argv: list[str]) -> int:
     except NotPrepared as problem:
         return _say(skipped=str(problem))
     _gather()
-    return _say(exit_code=code, seconds=round(time.monotonic() - began, 1), host=socket.gethostname())
+    undone = {"undone": UNDONE.read_text(encoding="utf-8")} if UNDONE.exists() else {}
+    return _say(**undone, exit_code=code, seconds=round(time.monotonic() - began, 1), host=socket.gethostname())
 
 
 class NotPrepared(Exception):
@@ -67,8 +71,9 @@ def lacking(order: dict[str, Any]) -> str:
     needs = order["needs"]
     if "mounts" in needs and not namespace():
         return "this host lets no program mount a file system of its own (root, or user namespaces, are needed)"
-    if "vllm" in needs and importlib.util.find_spec("vllm") is None:
-        return "vLLM is not installed in this environment"
+    for name, library in LIBRARIES.items():
+        if name in needs and importlib.util.find_spec(name) is None:
+            return f"{library} is not installed in this environment"
     return ""
 
 

@@ -49,7 +49,7 @@ FOLDER = Path(__file__).parent / "signatures"
 YAML_FILES: dict[str, dict[str, list[dict[str, str]]]] = {
     name: YAML(typ="safe").load(FOLDER / f"{name}.yaml") for name in ("logs", "events")
 }
-ANY_LOGS = [FOLDER / f"{name}.yaml" for name in ("any", "hosts", "devices")]
+ANY_LOGS = [FOLDER / f"{name}.yaml" for name in ("any", "hosts", "devices", "setup")]
 LOGS = [(name, log["hits"], log["misses"]) for name, logs in YAML_FILES["logs"].items() for log in logs]
 EVENTS = [(name, event) for name, events in YAML_FILES["events"].items() for event in events]
 

@@ -32,7 +32,8 @@ from harness.triage.signature import kinds, signatures
 Cases = dict[str, list[dict[str, Any]]]
 ANY: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "any.yaml")
 FURTHER: list[Cases] = [
-    YAML(typ="safe").load(Path(__file__).parent / "signatures" / f"{name}.yaml") for name in ("hosts", "devices")
+    YAML(typ="safe").load(Path(__file__).parent / "signatures" / f"{name}.yaml")
+    for name in ("hosts", "devices", "setup")
 ]
 CASES = [
     (name, index, case)

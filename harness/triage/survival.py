@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from harness.triage.gather import Event, Facts
 from harness.triage.signature import kinds
+from harness.triage.vocabulary import WEAK_END
 
 _UP = re.compile(r"startup complete|fired up")
 _NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
@@ -15,7 +16,8 @@ _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 
 def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     """Whether the run went on and ended well, or the server went on answering, after this."""
-    ended = any(line > event.line and attempt == facts.attempts for line, _, attempt in facts.good_ends)
+    ended = any(line > event.line and attempt == facts.attempts and not WEAK_END.search(text)
+                for line, text, attempt in facts.good_ends)  # fmt: skip
     own = facts.marks.get(event.who.rank) if event.who.rank is not None else None
     on = own.line > event.line if own else any(mark.line > event.line for mark in facts.marks.values())
     if event.failure_class == "nan_loss":

@@ -70,7 +70,8 @@ GOOD_END = re.compile(
     r"|Out of bounds values : 0 OK|# Avg bus bandwidth|State: COMPLETED|Succeeded\b|[Ee]xiting with code 0"
     r"|worker group successfully finished|exiting program (?:at iteration"
     r"|after [\d.]{1,9} min)|SUCCEEDED|Successful requests:|agent_finish"
-    r"|Reporting training SUCCESS|Received 0 from exiting process|Process \d+ exits successfully|End time of running main"
+    r"|Reporting training SUCCESS|Received 0 from exiting process|Process \d+ exits successfully"
+    r"|End time of running main"
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
@@ -83,7 +84,8 @@ SERVING = re.compile(
     r"Application startup complete|Application shutdown complete|Uvicorn running on|The server is fired up"
     r"|HTTP/[12][.\d]{0,2}\" [24]\d\d"
     r"|\[GIN\] [\d/]{10} - [\d:]{8} \| [24]\d\d |llama runner started|server is listening on http|all slots are idle"
-    r"|text_generation_router\S{0,40}: \S{1,80}: (?:Connected|Success)\b|Started (?:GRPCInferenceService|HTTPService) at"
+    r"|text_generation_router\S{0,40}: \S{1,80}: (?:Connected|Success)\b"
+    r"|Started (?:GRPCInferenceService|HTTPService) at"
 )
 HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Init COMPLETE|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
 CALM = re.compile(
@@ -128,7 +130,8 @@ PATTERNS = (
     "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
     r"HTTP/1", r"\[GIN\]", "llama runner", "is listening on", "slots are idle", "router", "SUCCESS", "Started ",
-    "Received 0", "exits successfully", "End time", "wandb: ", "[Dd]one", r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
+    "Received 0", "exits successfully", "End time", "wandb: ", "[Dd]one",
+    r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
     "first observed failure",
     "mbatch", "micro_batch", "batch_size", "batch size", "max_length", "max_seq", "cutoff_len", "max_model_len",
     "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation",

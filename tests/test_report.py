@@ -25,7 +25,7 @@ from rich.console import Console
 from syrupy.assertion import SnapshotAssertion
 
 from harness import report
-from harness.report import compare, figures, page, parts, sections, tables, terminal, words
+from harness.report import compare, drawing, figures, headline, page, parts, sections, tables, terminal, words
 from harness.report.entry import counts, entries, number_label, verdict
 from harness.schema import Attempt, GpuSeries, GpuSteady, NcclFacts, Record, TrainCase, case_id
 
@@ -280,7 +280,7 @@ def test_a_capped_case_says_what_fits_and_never_how_fast(named: dict[str, Record
     assert not titles & {"Step time over steps", "Phases"}
     assert {"Loss over steps", "Memory by phase and rank"} <= titles
     names = {row.measure.name for row in compared([capped], [capped]).rows}
-    assert names == {"peak allocated", "peak reserved", "peak resident growth"}
+    assert names == {"peak allocated", "peak reserved"}
 
 
 def test_labels_say_measured_or_replayed_and_which_weights(named: dict[str, Record]) -> None:
@@ -378,11 +378,83 @@ def test_throughput_over_lengths_shows_the_range_of_repeats(named: dict[str, Rec
     assert line["error_y"]["arrayminus"][0] == pytest.approx(line["y"][0] / 2, rel=1e-3)
 
 
+def on(record: Record, gpu: str, **changes: Any) -> Record:
+    """The same training record on another GPU, of another case."""
+    assert isinstance(record.case, TrainCase)
+    assert record.provenance
+    cards = tuple(one.model_copy(update={"name": gpu}) for one in record.provenance.gpus)
+    case = record.case.model_copy(update={"optimizer": "adamw_torch_fused"} | changes)
+    provenance = record.provenance.model_copy(update={"gpus": cards})
+    return record.model_copy(update={"case": case, "case_id": case_id(case), "provenance": provenance})
+
+
+def test_only_equal_set_ups_on_equal_gpus_of_one_run_share_a_line(named: dict[str, Record]) -> None:
+    gpu = named["gpu"]
+    records = [on(gpu, name, seq_len=length, activation_checkpointing=kept) for name in ("NVIDIA H100", "NVIDIA H200")
+               for length in (2048, 4096) for kept in (True, False)]  # fmt: skip
+    for make in (figures.throughput, figures.memory_by_length):
+        drawn = make([*entries("a", records, name_run=True), *entries("b", records, name_run=True)])
+        assert drawn
+        lines = {line["name"]: (line["line"]["color"], line["line"]["dash"]) for line in drawn.figure["data"]}
+        assert len(lines) == len(set(lines.values())) == 2 * 2 * 2
+        assert {name.split(", ", 1)[1] for name in lines} == {
+            f"ddp {words.TIMES} 2{options}, {card}, {run}"
+            for card in ("H100", "H200") for run in "ab" for options in ("", ", no checkpointing")
+        }  # fmt: skip
+        colours = {name.rsplit(", ", 2)[0]: colour for name, (colour, _) in lines.items()}
+        assert {colour for colour, _ in lines.values()} == set(colours.values())
+
+
+def test_what_ran_out_of_memory_is_a_cross_at_the_size_of_its_card(named: dict[str, Record]) -> None:
+    capped = on(named["gpu"], "NVIDIA H200", memory_cap_gib=80.0)
+    failed = on(named["failed_oom"], "NVIDIA H200", memory_cap_gib=24.0)
+    drawn = figures.memory_by_length(entries("run", [capped, failed, named["failed_nan"]]))
+    assert drawn
+    line, crosses = drawn.figure["data"]
+    assert (crosses["name"], crosses["x"], crosses["y"]) == ("ran out of memory", [8192], [24.0])
+    assert [shape["y0"] for shape in drawn.figure["layout"]["shapes"]] == [24, 40, 48, 80][
+        : 2 if line["y"][0] < 40 else 4
+    ]
+
+
+def test_what_fits_which_card_is_what_ran_and_what_ran_out(named: dict[str, Record]) -> None:
+    gpu, oom = named["gpu"], named["failed_oom"].last
+    assert oom
+    failed = gpu.model_copy(update={"status": "failed", "attempts": (oom,)})
+    other = with_last(failed, diagnosis=oom.diagnosis and oom.diagnosis.model_copy(update={"failure_class": "nccl"}))
+    rows = entries("run", [
+        on(gpu, "NVIDIA H200", seq_len=4096), on(gpu, "NVIDIA H200", seq_len=2048, repeat=1),
+        on(gpu, "NVIDIA H200", seq_len=2048, memory_cap_gib=24.0), on(failed, "NVIDIA H200", seq_len=9000),
+        on(failed, "NVIDIA H200", seq_len=3000, memory_cap_gib=24.0),
+        on(failed, "NVIDIA H200", seq_len=8192, memory_cap_gib=24.0), on(other, "NVIDIA H200", seq_len=5000),
+        on(failed, "NVIDIA H200", seq_len=2048, memory_cap_gib=24.0, micro_batch=2), named["lora"], named["skipped"],
+    ])  # fmt: skip
+    found = headline.cards(rows)
+    assert found["head"] == ["as 24 GiB", "H200"]
+    setup = f"{gpu.case.variant} lora, ddp {words.TIMES} 2"  # type: ignore[union-attr]
+    assert found["rows"] == [
+        {"name": setup, "cells": [
+            [("2,048 fits", "#case-2"), ("3,000 does not", "#case-4")],
+            [("4,096 fits", "#case-0"), ("9,000 does not", "#case-3"), ("5,000 failed otherwise", "#case-6")]]},
+        {"name": f"{setup}, batch 2", "cells": [[("2,048 does not", "#case-7")], []]},
+    ]  # fmt: skip
+    assert headline.cards(rows[:2])["rows"] == [], "one card, and nothing ran out: no table"
+
+
+def test_a_server_is_drawn_by_what_it_gives_at_which_latency(named: dict[str, Record]) -> None:
+    drawn = figures.trade_off(entries("run", [named["serve_1"], named["serve_4"]]))
+    assert drawn
+    upper, lower = drawn.figure["data"]
+    assert (upper["text"], lower["text"]) == (["1", "4"], ["1", "4"])
+    assert upper["x"] == lower["x"] == sorted(upper["x"])
+    assert figures.trade_off(entries("run", [named["serve_1"]])) is None, "one load is no curve"
+
+
 def test_a_long_series_keeps_its_spike() -> None:
     values: list[float | None] = [0.1] * 10_000
     values[7_777] = 9.0
-    steps, shown = figures._thin(list(range(1, 10_001)), values)
-    assert len(steps) <= figures.MAX_POINTS
+    steps, shown = drawing.thin(list(range(1, 10_001)), values)
+    assert len(steps) <= drawing.MAX_POINTS
     assert (steps[shown.index(9.0)], max(v for v in shown if v)) == (7_778, 9.0)
 
 
@@ -390,8 +462,8 @@ def test_lines_left_out_are_counted(named: dict[str, Record]) -> None:
     rows = entries("run", repeated(named["lora"], [1.0] * 20))
     drawn = figures.step_times(rows)
     assert drawn
-    assert len(drawn.figure["data"]) == figures.MAX_LINES
-    assert "first 16 of 20 cases" in drawn.note
+    assert len(drawn.figure["data"]) == drawing.MAX_LINES
+    assert "16 of 20 cases" in drawn.note
 
 
 # ---------------------------------------------------------------- two runs
@@ -431,9 +503,34 @@ def test_ids_in_one_run_only_are_named(named: dict[str, Record]) -> None:
 def test_a_case_that_failed_in_one_run_keeps_its_row_without_a_ratio(named: dict[str, Record]) -> None:
     failed = named["lora"].model_copy(update={"status": "failed"})
     row = throughput_row(compared([named["lora"]], [failed]))
-    assert (row.other_status, row.other.n, row.ratio, row.judgement) == ("failed", 0, None, "not comparable")
+    assert (row.other_status, row.other.n, row.ratio, row.judgement) == ("failed", 0, None, "newly failed")
     both = compared([failed], [failed])
-    assert [(row.measure.name, row.base_status) for row in both.rows] == [("status", "failed")]
+    assert [(row.measure.name, row.base_status, row.judgement) for row in both.rows] == [
+        ("status", "failed", "fails in both")
+    ]
+    assert throughput_row(compared([failed], [named["lora"]])).judgement == "no longer fails"
+
+
+def test_what_fails_newly_stands_first_on_the_page_of_two_runs(named: dict[str, Record], tmp_path: Path) -> None:
+    failed = named["ddp"].model_copy(update={"status": "failed"})
+    where = named["lora"].provenance
+    assert where
+    later = named["lora"].model_copy(update={"provenance": where.model_copy(update={"commit": "f" * 40})})
+    runs = [run_of([named["failed_nan"], named["lora"], named["ddp"]], tmp_path, "monday"),
+            run_of([named["failed_nan"], later, failed], tmp_path, "tuesday")]  # fmt: skip
+    found = [entries(run.name, run.records) for run in runs]
+    both = compare.compare(*found, ("monday", "tuesday"))
+    rows = [entry for of_run in found for entry in of_run]
+    shown = headline.failures(rows, [both])["shown"]
+    assert isinstance(shown, list)
+    assert [one["new"] for one in shown] == ["Newly failed: did not fail in monday.", "", ""]
+    first, ratio, *_ = headline.changes([both])
+    assert (first.value, ratio.value) == ("1 case newly failed", f"{words.TIMES} 1.000")
+    report.render(runs, tmp_path / "both.html")
+    (table,) = data_of((tmp_path / "both.html").read_text(encoding="utf-8"))["compared"]
+    assert [row["c"][5][0] for row in table["rows"]][:2] == ["newly failed"] * 2
+    (differs,) = headline.differences(runs)
+    assert (differs[0], [value[-6:] for value in differs[1]]) == ("Harness", ["000000", "ffffff"])
 
 
 def test_the_csv_reads_back_and_holds_no_formula(named: dict[str, Record], tmp_path: Path) -> None:

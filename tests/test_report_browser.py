@@ -225,6 +225,25 @@ def test_a_long_table_is_paged_and_a_link_finds_its_page(show: Open, named: dict
     assert shown_rows(opened) == 50
 
 
+def test_a_figure_can_be_read_as_a_table(show: Open, named: dict[str, Record]) -> None:
+    opened = show([named[name] for name in ("gpu", "failed_oom", "serve_1", "serve_4")])
+    for name, numbers in (("Peak GPU memory over", ["28.568", "141"]), ("latency against throughput", ["1", "4"])):
+        figure = opened.page.locator("figure", has_text=name)
+        figure.locator(".numbers summary").click()
+        text = figure.locator(".numbers table").inner_text()
+        assert all(number in text for number in numbers), text
+    assert "TTFT, ms, median" in text
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_what_fits_which_card_leads_to_the_case(show: Open, named: dict[str, Record], width: int) -> None:
+    opened = show([named["gpu"], named["failed_oom"]], width)
+    opened.page.locator("#cards a", has_text="8,192 does not").click()
+    assert "GPU memory ran out" in opened.page.locator("#case-1 + tr .inside").inner_text()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
 def test_it_follows_the_colour_scheme(show: Open, named: dict[str, Record]) -> None:
     def background(scheme: str) -> str:
         page = show([named["lora"]], scheme=scheme).page

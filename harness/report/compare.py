@@ -12,6 +12,8 @@ from harness.report.words import GIB, MISSING, Cell, clean, digits, one_line
 from harness.schema import ChainCase, LoadPoint, case_id
 from harness.summary import Spread, TrainSummary, spread
 
+NEWLY_FAILED = "newly failed"
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -47,6 +49,8 @@ class Comparison:
     def judgement(self) -> str:
         """What the ratio may be read as; two single values have no spread to judge by."""
         low, high = (self.base.min, self.base.max), (self.other.min, self.other.max)
+        if status := _status_change(self.base_status, self.other_status):
+            return status
         if None in low or None in high:
             return "not comparable"
         if self.base.n < 2 or self.other.n < 2:
@@ -55,6 +59,14 @@ class Comparison:
             return "within the spread"
         grew = (self.other.p50 or 0) > (self.base.p50 or 0)
         return "better" if grew == self.measure.higher_is_better else "worse"
+
+
+def _status_change(base: str, other: str) -> str:
+    """What the statuses of a case's repeats say, where they say more than its numbers; skips say nothing."""
+    failed = ("failed" in base, "failed" in other)
+    if "skipped" in base or "skipped" in other or failed == (False, False):
+        return ""
+    return {(False, True): NEWLY_FAILED, (True, False): "no longer fails"}.get(failed, "fails in both")
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,16 @@ def _peak_gib(field: str) -> Callable[[TrainSummary], float | None]:
     return of
 
 
+def _growth_gib(entry: Entry) -> float | None:
+    """Of a CPU case alone: beside a GPU's memory the host's is another question."""
+    return _train(_peak_gib("rss_growth_bytes"))(entry) if entry.case.device == "cpu" else None
+
+
+def _joules(entry: Entry) -> float | None:
+    halves = [half.gpu for half in (entry.train, entry.serve) if half and half.gpu]
+    return halves[0].joules_per_token if len(halves) == 1 else None
+
+
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
@@ -106,12 +128,13 @@ MEASURES = (
     Measure("step time p50", "s", False, _train(lambda train: train.step_time_s.p50)),
     Measure("peak allocated", "GiB", False, _train(_peak_gib("allocated_bytes"))),
     Measure("peak reserved", "GiB", False, _train(_peak_gib("reserved_bytes"))),
-    Measure("peak resident growth", "GiB", False, _train(_peak_gib("rss_growth_bytes"))),
+    Measure("peak resident growth", "GiB", False, _growth_gib),
     Measure("output throughput", "tokens/s", True, _serve(lambda load: load.output_tokens_per_s)),
     Measure("TTFT p50", "ms", False, _serve(lambda load: _ms(load.ttft.p50_s))),
     Measure("TPOT p50", "ms", False, _serve(lambda load: _ms(load.tpot.p50_s))),
     Measure("bus bandwidth", "GB/s", True, lambda entry: _gb(entry.probe.bus_bytes_per_s) if entry.probe else None),
     Measure("all-reduce latency", "ms", False, lambda entry: _ms(entry.probe.latency_s) if entry.probe else None),
+    Measure("energy", "J/token", False, _joules),
     Measure("failed requests", "requests", False, _serve(lambda load: load.failed)),
 )
 

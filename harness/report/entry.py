@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.frontier import Search
 from harness.report.chain import chains, searched
+from harness.report.setups import place, plain
 from harness.report.words import TIMES, digits, one_line, plural
 from harness.schema import NOT_IDENTITY, AnyCase, ChainCase, ProbeCase, Record, ServeCase, TrainCase
 from harness.summary import MemoryRow, ServeSummary, Summary, TrainSummary, summarize
@@ -75,6 +76,12 @@ class Entry:
     def train(self) -> TrainSummary | None:
         """Training statistics of a measured case; a failed one yields no number."""
         return self.summary.train if self.summary and self.record.status == "measured" else None
+
+    @property
+    def failure_class(self) -> str:
+        """What a failed case failed of; empty for any other."""
+        last = self.record.last if self.record.status == "failed" else None
+        return last.diagnosis.failure_class if last and last.diagnosis else ""
 
     @property
     def cap_gib(self) -> float | None:
@@ -160,22 +167,10 @@ def _usual_values(found: Sequence[Comparable]) -> Comparable:
 
 
 def _differs(mine: Comparable, usual: Comparable) -> list[str]:
-    return [f"{key[1]} {_plain(value)}" for key, value in mine.items() if value != usual[key]]
-
-
-def _plain(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return [f"{key[1]} {plain(value)}" for key, value in mine.items() if value != usual[key]]
 
 
 # ---------------------------------------------------------------- words for a case
-
-
-def place(case: TrainCase) -> str:
-    """Where a training case runs: `1 device`, `ddp`, its devices, and its nodes where they are several."""
-    nodes = f" on {case.nodes} nodes" if case.nodes > 1 else ""
-    return (
-        f"{case.strategy} {TIMES} {case.devices}{nodes}" if case.strategy != "none" else plural(case.devices, "device")
-    )
 
 
 def label(case: Case) -> str:

@@ -8,17 +8,20 @@ from typing import NamedTuple
 
 from harness.frontier import is_answer
 from harness.report import probes
+from harness.report.cards import Fit, what_fits
 from harness.report.chain import answer, conclusion
-from harness.report.compare import Compared
-from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, place, verdict
+from harness.report.compare import NEWLY_FAILED, Compared, without_repeat
+from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, verdict
 from harness.report.parts import when
 from harness.report.sections import environment_row
-from harness.report.words import TIMES, Cell, digits, ms, one_line, plural, size
+from harness.report.setups import gpu_name, place
+from harness.report.words import MISSING, TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance
+from harness.summary import spread
 from harness.summary.gpu_time import gpu_time
 
 MAX_FAILURES = 12
-MAX_ANSWERS = 9
+MAX_ANSWERS = 16
 _MEASURES = {"allocated": "allocated", "rss_growth": "resident growth"}
 
 
@@ -88,12 +91,12 @@ def _some(values: Iterable[str]) -> str:
 
 
 def answers(rows: Sequence[Entry]) -> list[Answer]:
-    """The few things that a reader of these cases asks first, per variant and device type."""
+    """The few things that a reader of these cases asks first, per variant and GPU."""
     indexed = list(enumerate(rows))
     found: list[Answer | None] = []
-    for variant, device in dict.fromkeys((row.subject, row.case.device) for row in rows):
-        mine = [(i, row) for i, row in indexed if (row.subject, row.case.device) == (variant, device)]
-        name = f"{variant} on {'CPU' if device == 'cpu' else 'GPU'}"
+    for variant, device in dict.fromkeys((row.subject, gpu_name(row.record)) for row in rows):
+        mine = [(i, row) for i, row in indexed if (row.subject, gpu_name(row.record)) == (variant, device)]
+        name = f"{variant} on {device}"
         found += [_fastest(mine, name), _longest(mine, name), _leanest(mine, name), _most_served(mine, name),
                   _widest(mine)]  # fmt: skip
     found.append(_chains(indexed))
@@ -122,6 +125,8 @@ def _fastest(rows: Sequence[tuple[int, Entry]], name: str) -> Answer | None:
     because = f"{_how(best[1])}; n = {plural(train.throughput_n, 'step')}"
     variation = train.step_time_s.coefficient_of_variation
     because += f", CV {digits(variation * 100)} %" if variation is not None else ""
+    if best[1].case.devices > 1:
+        because += f"; {digits(train.tokens_per_s_per_device or 0)} a device"
     return _answer(f"Fastest training, {name}", f"{digits(train.tokens_per_s or 0)} tokens/s", because, best)
 
 
@@ -191,37 +196,91 @@ def _how(row: Entry) -> str:
     return f"{case.method}, seq {case.seq_len:,}, {place(case)}{held}"
 
 
+MAIN_MEASURES = ("training throughput", "peak allocated", "output throughput", "TTFT p50", "TPOT p50", "energy",
+                 "bus bandwidth")  # fmt: skip
+"""Measures whose ratios over all cases stand above the comparison."""
+
+
 def changes(compared: Sequence[Compared]) -> list[Answer]:
-    """What a later run did against the first, by the spread of the repeats."""
+    """What a later run did against the first: by the spread of the repeats, and each measure over all cases."""
+    return [answer for one in compared for answer in (_judged(one), *_ratios(one))]
+
+
+def _judged(one: Compared) -> Answer:
+    readings = Counter(row.judgement for row in one.rows)
+    failed = len({row.case_id for row in one.rows if row.judgement == NEWLY_FAILED})
+    counted = {f"{plural(failed, 'case')} newly failed": failed, f"{readings['worse']} worse": readings["worse"],
+               f"{readings['better']} better": readings["better"]}  # fmt: skip
+    said = [words for words, amount in counted.items() if amount]
+    judged = readings["within the spread"] or said
+    rest = [f"{amount} {reading}" for reading, amount in readings.items() if reading not in ("better", "worse")]
+    alone = f"{len(one.only_base)} only in {one.base}, {len(one.only_other)} only in {one.other}"
+    because = one_line("; ".join([f"of {plural(len(one.rows), 'number')}", *rest, alone]), 300)
+    value = ", ".join(said) or ("nothing changed" if judged else "no repeats to judge by")
+    return Answer(one_line(f"{one.other} against {one.base}", 160), value, because, "#compared")
+
+
+def _ratios(one: Compared) -> list[Answer]:
+    """Each main measure's ratio, the median over the cases that both runs measured."""
     found = []
-    for one in compared:
-        readings = Counter(row.judgement for row in one.rows)
-        rest = [f"{amount} {reading}" for reading, amount in readings.items() if reading not in ("better", "worse")]
-        alone = f"{len(one.only_base)} only in {one.base}, {len(one.only_other)} only in {one.other}"
-        because = one_line("; ".join([f"of {plural(len(one.rows), 'number')}", *rest, alone]), 300)
-        value = f"{readings['worse']} worse, {readings['better']} better"
-        found.append(Answer(one_line(f"{one.other} against {one.base}", 160), value, because, "#compared"))
+    for name in MAIN_MEASURES:
+        rows = [row for row in one.rows if row.measure.name == name and row.ratio is not None]
+        ratios = spread([row.ratio for row in rows if row.ratio is not None])
+        if ratios.p50 is not None:
+            better = "higher" if rows[0].measure.higher_is_better else "lower"
+            because = (f"{TIMES} {ratios.min:.3f} to {TIMES} {ratios.max:.3f} over {plural(ratios.n, 'case')}; "
+                       f"{better} is better")  # fmt: skip
+            question = one_line(f"{name[0].upper()}{name[1:]}, {one.other} over {one.base}", 160)
+            found.append(Answer(question, f"{TIMES} {ratios.p50:.3f}", because, "#compared"))
     return found
+
+
+def differences(runs: Sequence[ReportRun]) -> list[tuple[str, tuple[str, ...]]]:
+    """In what the runs differ besides their numbers: each fact with its value in every run."""
+    facts = [dict(_provenance_facts([r.provenance for r in run.records if r.provenance])) for run in runs]
+    libraries = [_libraries(run) for run in runs]
+    found = []
+    for of in (facts, libraries):
+        for name in dict.fromkeys(name for one in of for name in one):
+            values = tuple(one.get(name, MISSING) for one in of)
+            if len(set(values)) > 1:
+                found.append((name, values))
+    return found
+
+
+def _libraries(run: ReportRun) -> dict[str, str]:
+    """Versions by environment and library; several where the records do not agree."""
+    known: dict[str, set[str]] = {}
+    for record in run.records:
+        for env in record.provenance.environments if record.provenance else ():
+            for name, version in env.libraries.items():
+                known.setdefault(one_line(f"{env.name}: {name}", 80), set()).add(one_line(version, 40))
+    return {name: ", ".join(sorted(versions)) for name, versions in known.items()}
 
 
 # ---------------------------------------------------------------- failures and environments
 
 
-def failures(rows: Sequence[Entry]) -> dict[str, object]:
-    """The planned cases that failed, the first of them with verdict, next step and what their ladders came to.
+def failures(rows: Sequence[Entry], compared: Sequence[Compared] = ()) -> dict[str, object]:
+    """The planned cases that failed, the newly failed first, with verdict, next step and what their ladders came to.
 
     What a search found too large is its answer, and stands there.
     """
-    failed = [(i, row) for i, row in enumerate(rows) if row.record.status == "failed" and not row.record.parent
-              and not is_answer(row.record)]  # fmt: skip
-    shown = []
-    for index, row in failed[:MAX_FAILURES]:
-        diagnosis = row.record.last.diagnosis if row.record.last else None
-        shown.append({"index": index, "label": full_label(row), "summary": verdict(row)[1],
-                      "class": one_line(diagnosis.failure_class, 80) if diagnosis else "undiagnosed",
-                      "next": one_line(diagnosis.next_step) if diagnosis else "",
-                      "ladder": conclusion(row.chain) if row.chain else ""})  # fmt: skip
+    new = {(one.other, row.case_id): one.base for one in compared for row in one.rows if row.judgement == NEWLY_FAILED}
+    failed = [(new.get((row.run, without_repeat(row.case)), ""), i, row) for i, row in enumerate(rows)
+              if row.record.status == "failed" and not row.record.parent and not is_answer(row.record)]  # fmt: skip
+    failed.sort(key=lambda one: not one[0])
+    shown = [_failure(*one) for one in failed[:MAX_FAILURES]]
     return {"n": len(failed), "shown": shown, "more": len(failed) - len(shown)}
+
+
+def _failure(measured_in: str, index: int, row: Entry) -> dict[str, object]:
+    diagnosis = row.record.last.diagnosis if row.record.last else None
+    return {"index": index, "label": full_label(row), "summary": verdict(row)[1],
+            "new": f"Newly failed: did not fail in {one_line(measured_in, 60)}." if measured_in else "",
+            "class": one_line(diagnosis.failure_class, 80) if diagnosis else "undiagnosed",
+            "next": one_line(diagnosis.next_step) if diagnosis else "",
+            "ladder": conclusion(row.chain) if row.chain else ""}  # fmt: skip
 
 
 def searches(rows: Sequence[Entry]) -> list[dict[str, object]]:
@@ -232,6 +291,25 @@ def searches(rows: Sequence[Entry]) -> list[dict[str, object]]:
             found[id(row.search)] = (index, row)
     return [{"index": index, "axis": row.search.axis, "label": full_label(row), "answer": answer(row.search)}
             for index, row in found.values() if row.search]  # fmt: skip
+
+
+def cards(rows: Sequence[Entry]) -> dict[str, object]:
+    """What fits which card, a row per set-up; empty where all ran on one GPU used whole and nothing ran out."""
+    found = what_fits((index, row.record) for index, row in enumerate(rows))
+    sizes = sorted({card for of in found.values() for card in of})
+    ran_out = any(fit.fails for of in found.values() for fit in of.values())
+    if len(sizes) < 2 and not ran_out:
+        return {"head": [], "rows": []}
+    body = [{"name": name, "cells": [_fit_words(of.get(size)) for size in sizes]} for name, of in found.items()]
+    return {"head": [f"as {size.name}" if size.capped else size.name for size in sizes], "rows": body}
+
+
+def _fit_words(fit: Fit[int] | None) -> list[tuple[str, str]]:
+    """Words with the address of the case that they are about."""
+    if fit is None:
+        return []
+    parts = ((fit.fits, "fits"), (fit.fails, "does not"), (fit.otherwise, "failed otherwise"))
+    return [(f"{found[0]:,} {words}", f"#case-{found[1]}") for found, words in parts if found]
 
 
 def _is_best(row: Entry) -> bool:

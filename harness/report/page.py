@@ -23,6 +23,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from harness.report import compare, figures, headline, parts, sections
+from harness.report.drawing import Drawn
 from harness.report.entry import Entry, ReportRun, counts, entries, full_label, number_label, verdict
 from harness.report.ladders import changed
 from harness.report.tables import KINDS, columns_of
@@ -67,8 +68,10 @@ def html_of(runs: Sequence[ReportRun], folder: Path) -> str:
             runs=[headline.run_facts(run) for run in runs],
             counts=[(one_line(run.name, 80), counts(run.records)) for run in runs],
             answers=headline.answers(everything) if len(runs) == 1 else headline.changes(compared),
-            failures=headline.failures(everything),
+            failures=headline.failures(everything, compared),
+            differences=headline.differences(runs) if len(runs) > 1 else [],
             searches=headline.searches(everything),
+            cards=headline.cards(everything),
             skips=_skips(everything),
             environments=headline.environments(runs),
             environment_head=sections.ENVIRONMENT_HEAD,
@@ -151,6 +154,9 @@ def _links(entry: Entry, link: parts.Link) -> list[list[str]]:
 def _data(found: Sequence[Sequence[Entry]], compared: Sequence[compare.Compared]) -> dict[str, Any]:
     indexed = list(enumerate(entry for of_run in found for entry in of_run))
     tables = [_table(kind, [(i, e) for i, e in indexed if e.case.kind == kind]) for kind in KINDS]
+    usual = _usual_number([entry for _, entry in indexed])
+    for row in (row for table in tables for row in table["rows"]):
+        row["n"] = "" if row["n"] == usual else row["n"]
     return {"tables": [table for table in tables if table["rows"]], "compared": [_compared(one) for one in compared]}
 
 
@@ -187,9 +193,20 @@ def _added(record: Record) -> str:
 
 
 def _number_kinds(everything: Sequence[Entry]) -> str:
-    """What kinds of numbers the page holds, and how many cases of each."""
-    kinds = Counter(number_label(entry) for entry in everything if entry.record.status == "measured")
-    return "; ".join(f"{name} ({plural(amount, 'case')})" for name, amount in kinds.most_common(6))
+    """What kinds of numbers the page holds, and how many cases of each; the most frequent stands in no row."""
+    kinds = _kinds(everything).most_common(6)
+    named = [f"{name} ({plural(amount, 'case')})" for name, amount in kinds]
+    others = f"; as their rows say, {'; '.join(named[1:])}" if named[1:] else ""
+    return named[0] + others if named else ""
+
+
+def _kinds(everything: Sequence[Entry]) -> Counter[str]:
+    return Counter(number_label(entry) for entry in everything if entry.record.status == "measured")
+
+
+def _usual_number(everything: Sequence[Entry]) -> str:
+    """The kind of most numbers: said once above the table, and in the rows that are of another."""
+    return next(iter(name for name, _ in _kinds(everything).most_common(1)), "")
 
 
 def _values(cell: Cell) -> list[Any]:
@@ -202,14 +219,18 @@ def _compared(found: compare.Compared) -> dict[str, Any]:
     head = [["Case", "", 0], ["Measure", "", 0], [base, "median (smallest to largest), n repeats", 1],
             [other, "median (smallest to largest), n repeats", 1], ["Ratio", f"{other} over {base}", 1],
             ["Reading", "By the spread of the repeats; single values have none", 0]]  # fmt: skip
-    rows = [_compared_row(index, row) for index, row in enumerate(found.rows)]
+    first = {compare.NEWLY_FAILED: 0, "worse": 1, "better": 2, "no longer fails": 3}
+    ordered = sorted(found.rows, key=lambda row: first.get(row.judgement, 4))
+    rows = [_compared_row(index, row) for index, row in enumerate(ordered)]
     only = [[base, [one_line(name, 160) for name in found.only_base]],
             [other, [one_line(name, 160) for name in found.only_other]]]  # fmt: skip
     return {"kind": "compare", "title": f"{other} against {base}", "head": head, "rows": rows, "only": only}
 
 
 def _compared_row(index: int, row: compare.Comparison) -> dict[str, Any]:
-    tone = {"better": "good", "worse": "bad"}.get(row.judgement, "none")
+    tone = {"better": "good", "no longer fails": "good", "worse": "bad", compare.NEWLY_FAILED: "bad"}.get(
+        row.judgement, "none"
+    )
     unit = f", {row.measure.unit}" if row.measure.unit else ""
     ratio = missing("not measured in both") if row.ratio is None else Cell(f"{TIMES} {row.ratio:.3f}", "", row.ratio)
     cells = (Cell(row.label, row.case_id, row.label), Cell(row.measure.name + unit, "", row.measure.name),
@@ -219,7 +240,7 @@ def _compared_row(index: int, row: compare.Comparison) -> dict[str, Any]:
             "c": [_values(cell) for cell in cells]}  # fmt: skip
 
 
-def _figures(everything: Sequence[Entry]) -> list[tuple[str, figures.Drawn]]:
+def _figures(everything: Sequence[Entry]) -> list[tuple[str, Drawn]]:
     drawn = [(title, make(everything)) for title, make in figures.FIGURES]
     return [(title, one) for title, one in drawn if one is not None]
 

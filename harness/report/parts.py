@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.report import figures
+from harness.report.drawing import Figure
 from harness.report.words import MISSING, Cell, one_line
 
 MAX_ROWS = 64
@@ -25,7 +25,7 @@ class Section:
     head: tuple[str, ...] = ()
     rows: tuple[tuple[Cell, ...], ...] = ()
     text: str = ""
-    figure: figures.Figure | None = None
+    figure: Figure | None = None
     note: str = ""
     open: bool = False
     """Shown at once, not on a click."""

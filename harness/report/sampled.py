@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from harness.report.figures import MAX_RANKS, OKABE_ITO, Drawn
+from harness.report.drawing import MAX_RANKS, OKABE_ITO, Drawn
 from harness.report.parts import Section, table_section, word
 from harness.report.words import GIB, MISSING, Cell, digits, gib, size
 from harness.schema import GpuSeries

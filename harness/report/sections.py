@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness.report import figures
+from harness.report import case_figures
 from harness.report.entry import Entry, number_label, peak_row
 from harness.report.gpus import gpu_sections
 from harness.report.ladders import ladder_sections, search_sections, timeline_section
@@ -194,9 +194,9 @@ def _figures(entry: Entry, attempt: Attempt) -> list[Section | None]:
     if train is None:
         return []
     drawn = [
-        ("Step time over steps", None if train.no_speed else figures.case_steps(ranks, train.warmup_steps), True),
-        ("Loss over steps", figures.case_loss(ranks, train.warmup_steps), False),
-        ("Memory by phase and rank", figures.case_memory(train), False),
+        ("Step time over steps", None if train.no_speed else case_figures.case_steps(ranks, train.warmup_steps), True),
+        ("Loss over steps", case_figures.case_loss(ranks, train.warmup_steps), False),
+        ("Memory by phase and rank", case_figures.case_memory(train), False),
     ]
     return [Section(title, figure=one.figure, note=one.note, open=shown) for title, one, shown in drawn if one]
 

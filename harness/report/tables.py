@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from harness.report import probes
-from harness.report.entry import Entry, fits, peak_row, place
+from harness.report.entry import Entry, fits, peak_row
+from harness.report.setups import place
 from harness.report.words import Cell, count, digits, duration, gib, missing, ms, number, one_line, percent, plural
 from harness.schema import ServeCase, TrainCase
 from harness.summary import ServeSummary, TrainSummary

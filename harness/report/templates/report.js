@@ -71,6 +71,25 @@
   }, { rootMargin: "300px" });
   for (const node of document.querySelectorAll(".plot[data-figure]")) lazily.observe(node);
 
+  // A figure's points as rows: for who cannot see it, and to copy from. Names stand in it as plotly wants them, escaped.
+  const unescaped = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+  const shown = (value) => [typeof value === "number" ? value.toLocaleString("en", { maximumSignificantDigits: 5 }) : unescaped(value || "–")];
+  const points = ({ data, layout }) => {
+    const title = (axis) => (layout[axis] && layout[axis].title && layout[axis].title.text) || "";
+    const flat = data.some((trace) => trace.orientation === "h");
+    const rows = data.flatMap((trace) => trace.x.map((x, i) => {
+      const extra = trace.text ? `, ${trace.text[i]}` : "", measure = title((trace.yaxis || "y").replace("y", "yaxis"));
+      const [at, value, what] = flat ? [trace.y[i], x, title("xaxis")] : [x, trace.y[i], measure];
+      return [shown(trace.name + extra), shown(at), shown(what), shown(value)];
+    }));
+    return grid(["line", flat ? "case" : title("xaxis") || "at", "measure", "value"], rows);
+  };
+  for (const node of document.querySelectorAll("details.numbers")) {
+    node.addEventListener("toggle", () => {
+      if (node.open && node.childNodes.length < 2) node.append(points(read(node.parentNode.querySelector(".plot").dataset.figure)));
+    });
+  }
+
   // Print shows every figure, drawn or not.
   addEventListener("beforeprint", () => {
     for (const node of document.querySelectorAll(".plot[data-figure]:empty")) draw(node, read(node.dataset.figure));

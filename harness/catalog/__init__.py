@@ -78,6 +78,14 @@ class Variant(Frozen):
         return int(str(self.config["max_position_embeddings"]))
 
     @property
+    def mamba_width(self) -> int:
+        """Values per token that a Mamba layer's kernels read: gate, x, B, C and dt, as `in_proj` gives them."""
+        heads, head, groups, state = (
+            int(str(self.config[name])) for name in ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size")
+        )
+        return 2 * heads * head + 2 * groups * state + heads
+
+    @property
     def layers(self) -> dict[str, int]:
         """How many layers there are of each type: mamba, mlp, moe, attention."""
         pattern = str(self.config["hybrid_override_pattern"])

@@ -14,6 +14,10 @@ Case = AnyCase
 
 REFUSED_TARGETS = ("out_proj", "conv1d")
 """peft refuses them on nemotron_h, where the fused Mamba kernel reads out_proj.weight directly (seen, peft 0.21)."""
+INDEX_RANGE = 2**31
+"""Elements within reach of mamba_ssm's Triton kernels, which count with 32 bits (read, mamba_ssm 2.3.2:
+ssd_chunk_state.py, layernorm_gated.py). What lies further is computed wrongly, often with no error
+(https://github.com/state-spaces/mamba/issues/1015)."""
 
 
 # ---------------------------------------------------------------- training and serving
@@ -58,6 +62,18 @@ def seq_len_over_limit(case: TrainCase) -> str | None:
     if case.seq_len > limit:
         return f"{case.variant} takes at most {limit:,} tokens by its configuration; seq_len is {case.seq_len:,}."
     return None
+
+
+def tokens_beyond_kernel_index(case: TrainCase) -> str | None:
+    """More tokens at once than the GPU kernels of the Mamba layers can count."""
+    tokens, width = case.micro_batch * case.seq_len, catalog.variant(case.variant).mamba_width
+    if case.device == "cpu" or tokens * width <= INDEX_RANGE:
+        return None
+    most = INDEX_RANGE // width
+    return (
+        f"mamba_ssm's kernels count with 32 bits and are silently wrong beyond {most:,} tokens at once of "
+        f"{case.variant}; micro_batch x seq_len is {tokens:,}."
+    )
 
 
 def qlora_under_fsdp(case: TrainCase) -> str | None:
@@ -233,6 +249,7 @@ TRAIN_RULES: Sequence[Callable[[TrainCase], str | None]] = (
     several_devices_need_a_strategy,
     devices_uneven_over_nodes,
     seq_len_over_limit,
+    tokens_beyond_kernel_index,
     qlora_under_fsdp,
     eight_bit_optimizer_under_fsdp,
     cpu_offload_without_fsdp,

@@ -19,8 +19,10 @@ _SPEAKER = re.compile(r"^(?:\W{0,4}\[(?:rank|default|Rank )#\]:?\s*|RANK #: ?)*"
 _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
 
 _SELF = ("127.0.0.1", "localhost", "::1")
-_NEIGHBOUR = re.compile(r"(?:closed by localRank |retrieving ncclUniqueId from \[)(\d{1,6})")
-_BARRED = re.compile(r"Ranks? (\d{1,6}) failed to pass monitoredBarrier")
+_NEIGHBOUR = re.compile(
+    r"(?:closed by localRank |retrieving ncclUniqueId from \[|Worker proc VllmWorker-(?=\d+ died)|RayWorkerProc rank=)(\d{1,6})"
+)
+_BARRED = re.compile(r"(?:Ranks? (?=\d{1,6} failed to pass monitored)|missing ranks: \{(?=\d{1,6}\}))(\d{1,6})")
 
 
 @dataclass(frozen=True)

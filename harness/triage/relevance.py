@@ -25,7 +25,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
                   "errors.", "error."),
     "crash": ("Segmentation fault", "egfault", "SIGSEGV",
               "core dumped", "Fatal Python", "terminate called", "Caught signal",
-              "exitcode", "exit code #", "exit code: ", "signal #", "SIGABRT", "Aborted ("),
+              "exitcode", "xit code #", "xit code: ", "xit Code: ", "signal #", "SIGABRT", "Aborted ("),
     "table": ("first observed failure", "rank", "host", "exitcode"),
     "closed": ("Sending process #",),
     "work": ("SeqNum=", "last enqueued"),

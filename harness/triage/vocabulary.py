@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 FRAME = re.compile(
     r'File "(?P<file>[^"\n]{1,400})", line \d+, in (?P<function>\S{1,200})|\.py in \w{1,100}\('
-    r"|(?P<place>[^\s│|]{1,300}\.pyx?):(?P<number>\d{1,6}),? in\b(?: (?P<name>[\w.<>]{1,200}))?"
+    r"|\bFile (?P<place>\S{1,300}\.pyx?):(?P<number>\d{1,6}), in (?P<name>[\w.<>]{1,200})"
+    r"|(?P<box>[^\s│|]{1,300}\.pyx?):(?P<row>\d{1,6}) in(?: (?P<def>[\w.<>]{1,200}))?[ │|]*$"
 )
 """A frame as Python, old and new IPython and rich print it; rich may put the function's name in the next line."""
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
@@ -32,7 +33,8 @@ EXCEPTION = re.compile(
 CRASH = re.compile(
     r"Segmentation fault|[Ss]egfault encountered|SIGSEGV|core dumped"
     r"|Fatal Python error|terminate called after throwing|Caught signal \d+"
-    r"|exitcode\s*: -(?:6|11|7|8|4)\b|\bexit code:? (?:139|134|-11)\b|signal 11\b|\bSIGABRT\b|Aborted \("
+    r"|exitcode\s*: -(?:6|11|7|8|4)\b|\b[Ee]xit [Cc]ode:? {1,12}(?:139|134|135|-11)\b|signal 11\b"
+    r"|\bSIGABRT\b|Aborted \("
 )
 PHASE = re.compile(
     r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training"
@@ -157,7 +159,8 @@ _RANK = re.compile(
     r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]"
     r"|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
     r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
-    r"|\[\d{1,4},(?P<g>\d{1,6})\]<std|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
+    r"|\[\d{1,4},(?:mpirank:)?(?P<g>\d{1,6})(?:,[\w-]{1,40})?\]<std"
+    r"|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
     r"|\"rank\": ?(?P<j>\d{1,6})\b"
 )
 _PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.:a-f]{3,45}))?\)")
@@ -189,9 +192,10 @@ def who(line: str, file_rank: int | None = None, file_host: str | None = None) -
 def as_python_says(frame: str) -> str:
     """A frame of any of the forms of `FRAME` in Python's own."""
     found = FRAME.search(frame)
-    if not found or not found["place"]:
+    file, line = (found["place"] or found["box"], found["number"] or found["row"]) if found else (None, None)
+    if not found or not file:
         return frame
-    return f'  File "{found["place"]}", line {found["number"]}, in {(found["name"] or "?").rpartition(".")[2]}'
+    return f'  File "{file}", line {line}, in {(found["name"] or found["def"] or "?").rpartition(".")[2]}'
 
 
 def before_frame(frame: str) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.containers import build, bundle, context, engine, imagelock, requirements, verify, wheelhouse
+from harness.containers import build, bundle, context, engine, imagelock, probe, requirements, verify, wheelhouse
 from harness.containers.build import Request
 from harness.containers.requirements import Requirement
 from harness.errors import HarnessError
@@ -419,8 +419,9 @@ def test_a_missing_kernel_and_a_broken_import_are_wrong(root: Path, fake: FakeEn
     assert wrong(verdict) == ["import trl: E", "bitsandbytes' CPU library: LookupError: no"]
 
 
-def test_what_only_a_gpu_can_show_is_said_and_not_wrong(root: Path, fake: FakeEngine) -> None:
-    for_want = "ImportError: libcuda.so.1: cannot open shared object file"
+@pytest.mark.parametrize("library", ["libcuda.so.1", "libnvidia-encode.so.1"])
+def test_what_only_a_gpu_can_show_is_said_and_not_wrong(root: Path, fake: FakeEngine, library: str) -> None:
+    for_want = f"ImportError: {library}: cannot open shared object file"
     imports = (
         f'{{"try": "selective_scan_cuda"}}\n{{"name": "selective_scan_cuda", "ok": false, "error": "{for_want}"}}\n'
     )
@@ -428,6 +429,13 @@ def test_what_only_a_gpu_can_show_is_said_and_not_wrong(root: Path, fake: FakeEn
     assert "mamba-ssm's CUDA extension" in {check.what for check in verdict.checks if check.state == "unchecked"}
     assert any("that a kernel runs on a GPU" in line for line in verdict.without_gpu)
     assert any(for_want in line for line in verdict.without_gpu)
+
+
+def test_advice_behind_an_error_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "advising.py").write_text("raise RuntimeError('no library\\n\\n=== TROUBLESHOOTING ===\\n1. Try')")
+    argv = [sys.executable, *probe.argv("imports", "advising")[1:]]
+    ended = subprocess.run(argv, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True)
+    assert json.loads(ended.stdout.splitlines()[1])["error"] == "RuntimeError: no library"
 
 
 @pytest.mark.parametrize(
@@ -451,8 +459,6 @@ def test_a_triton_that_names_no_driver_is_wrong_without_a_gpu_too(
 
 
 def test_an_import_that_crashes_is_named_and_the_rest_still_tried(fake: FakeEngine) -> None:
-    from harness.containers import probe
-
     def answer(argv: list[str]) -> tuple[int, str, str]:
         names, out = argv[5:], ""
         for name in names:

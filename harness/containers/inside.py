@@ -96,7 +96,7 @@ def attempt(name: str, act: object) -> None:
     try:
         act()  # type: ignore[operator]
     except BaseException as error:
-        line = traceback.format_exception_only(error)[-1].strip()
+        line = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]  # some go on with advice
         say({"name": name, "ok": False, "error": line[:500], "seconds": time.monotonic() - began})
     else:
         say({"name": name, "ok": True, "seconds": time.monotonic() - began})

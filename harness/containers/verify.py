@@ -19,6 +19,7 @@ State = Literal["ok", "wrong", "unchecked"]
 
 NEEDS_GPU = (
     "libcuda.so.1",
+    "libnvidia-encode.so.1",
     "NVIDIA driver",
     "No CUDA GPUs",
     "no NVIDIA GPU",

@@ -2,13 +2,17 @@
 
 import importlib
 import json
+import re
 import subprocess
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from fakes import records as fakes
 
 from harness import results, store
+from harness.schema import TrainCase
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
@@ -44,6 +48,36 @@ def test_every_committed_number_knows_where_it_came_from(run: Path) -> None:
 def test_the_results_table_is_what_the_records_say(results_table: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert results_table.placed(readme, results_table.text(ROOT / "reports")) == readme
+
+
+def test_every_number_of_the_results_table_links_to_its_record(results_table: ModuleType) -> None:
+    lines = results_table.text(ROOT / "reports").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "](" in line]
+    assert len(rows) >= 20
+    linked = [cell for row in rows for cell in row if "](" in cell]
+    assert all(re.search(r"\]\(reports/[^)]+/record\.json\)", cell) for cell in linked)
+    bare = [cell for row in rows for cell in [*row[4:], row[-1]] if re.search(r"\d", cell) and "](" not in cell]
+    assert bare == [], "a number without its record"
+
+
+def test_repeats_and_failures_share_a_cell_and_each_has_its_link(results_table: ModuleType, tmp_path: Path) -> None:
+    named = fakes.named()
+    gpu, oom = named["gpu"], named["failed_oom"].last
+    assert isinstance(gpu.case, TrainCase)
+    changes: list[dict[str, Any]] = [{"seq_len": 3000}, {"seq_len": 4096}, {"seq_len": 4096, "repeat": 1}, {"seq_len": 4096, "repeat": 2},
+               {"seq_len": 8192, "memory_cap_gib": 24.0}]  # fmt: skip
+    records = [gpu.model_copy(update={"case": gpu.case.model_copy(update=change)}) for change in changes]
+    records[3:] = [record.model_copy(update={"status": "failed", "attempts": (oom,)}) for record in records[3:]]
+    found = [results_table.Measured(record, ROOT / f"r{number}") for number, record in enumerate(records)]
+    *_, head, _, row = results_table.training(found)
+    assert [cell.strip() for cell in head.split("|")[5:-1]] == ["4,096", "other lengths"]
+    cell, other = (cell.strip() for cell in row.split("|")[5:-1])
+    assert re.fullmatch(
+        r"28\.6 / [\d,]+ \([\d,]+ to [\d,]+\) \[\[1]]\(r1\) \[\[2]]\(r2\) \[oom_gpu_backward]\(r3\)", cell
+    )
+    assert re.fullmatch(r"3,000: \[28\.6 / [\d,]+]\(r0\)", other)
+    (*_, fit) = results_table.fits(found)
+    assert "not [8,192](r4)" in fit
 
 
 def test_the_evidence_stays_small() -> None:

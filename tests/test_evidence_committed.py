@@ -64,8 +64,9 @@ def test_repeats_and_failures_share_a_cell_and_each_has_its_link(results_table: 
     named = fakes.named()
     gpu, oom = named["gpu"], named["failed_oom"].last
     assert isinstance(gpu.case, TrainCase)
-    changes: list[dict[str, Any]] = [{"seq_len": 3000}, {"seq_len": 4096}, {"seq_len": 4096, "repeat": 1},
-                                     {"seq_len": 4096, "repeat": 2}, {"seq_len": 8192, "memory_cap_gib": 24.0}]  # fmt: skip
+    changes: list[dict[str, Any]] = [{"seq_len": 3000}, {"seq_len": 4096}]
+    changes += [{"seq_len": 4096, "repeat": 1}, {"seq_len": 4096, "repeat": 2}]
+    changes += [{"seq_len": 8192, "memory_cap_gib": 24.0}]
     records = [gpu.model_copy(update={"case": gpu.case.model_copy(update=change)}) for change in changes]
     records[3:] = [record.model_copy(update={"status": "failed", "attempts": (oom,)}) for record in records[3:]]
     found = [results_table.Measured(record, ROOT / f"r{number}") for number, record in enumerate(records)]

@@ -22,7 +22,7 @@ _SELF = ("127.0.0.1", "localhost", "::1")
 _NEIGHBOUR = re.compile(
     r"(?:closed by localRank |retrieving ncclUniqueId from \[|Worker proc VllmWorker-(?=\d+ died)|RayWorkerProc rank=)(\d{1,6})"
 )
-_BARRED = re.compile(r"(?:Ranks? (?=\d{1,6} failed to pass monitored)|missing ranks: \{(?=\d{1,6}\}))(\d{1,6})")
+_BARRED = re.compile(r"(?:Ranks? (?=\d{1,6} failed to pass )|missing ranks: \{(?=\d{1,6}\}))(\d{1,6})")
 
 
 @dataclass(frozen=True)

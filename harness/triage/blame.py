@@ -20,7 +20,8 @@ _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\
 
 _SELF = ("127.0.0.1", "localhost", "::1")
 _NEIGHBOUR = re.compile(
-    r"(?:closed by localRank |retrieving ncclUniqueId from \[|Worker proc VllmWorker-(?=\d+ died)|RayWorkerProc rank=)(\d{1,6})"
+    r"(?:closed by localRank |retrieving ncclUniqueId from \[|RayWorkerProc rank="
+    r"|Worker proc VllmWorker-(?=\d{1,6} died))(\d{1,6})"
 )
 _BARRED = re.compile(r"(?:Ranks? (?=\d{1,6} failed to pass )|missing ranks: \{(?=\d{1,6}\}))(\d{1,6})")
 

@@ -52,8 +52,9 @@ EAGER_ON_CPU = {"TORCHDYNAMO_DISABLE": "1"}
 """vLLM compiles some functions by decorator whatever `enforce_eager` says; on a CPU that needs a C++ compiler, which no
 image of ours has (seen, vLLM 0.32, an adapter on tiny-hybrid)."""
 
-CPU_RANKS = {"GLOO_SOCKET_IFNAME": "lo"}
-"""The ranks share a host: no look-up of its name, which fails on many."""
+ONE_HOST = {"GLOO_SOCKET_IFNAME": "lo"}
+"""The ranks share a host: no look-up of its name, which fails on many. Ranks with GPUs have gloo too, for what lies on
+the host: offloaded shards, and vLLM's messages."""
 
 GPU_RANKS = {
     "NCCL_DEBUG": "INFO",
@@ -268,7 +269,7 @@ def _torchrun(ranks: int, nodes: int = 1) -> tuple[str, ...]:
     """torchrun of these ranks; on several nodes by its c10d rendezvous, held by the first of them."""
     launcher = ("python", "-m", "torch.distributed.run")
     if nodes == 1:
-        # As for CPU_RANKS: else torchrun hands the ranks the host's name to meet at.
+        # As for ONE_HOST: else torchrun hands the ranks the host's name to meet at.
         own = ("--standalone", "--local-addr=127.0.0.1")
         return (*launcher, *own, f"--nproc_per_node={ranks}", "--log-dir", "logs", "--redirects", "3")
     meeting = ("--rdzv_backend=c10d", "--rdzv_endpoint={head}:{port}", "--rdzv_id={meeting}")
@@ -331,7 +332,7 @@ def _env(device: DeviceType, ranks: int, environment: EnvironmentName, nodes: in
     if device == "cpu":
         found |= ON_CPU
     if ranks > 1:
-        found |= GPU_RANKS if device == "cuda" else CPU_RANKS if nodes == 1 else {}
+        found |= (GPU_RANKS if device == "cuda" else {}) | (ONE_HOST if nodes == 1 else {})
     return dict(sorted(found.items()))
 
 

@@ -181,7 +181,8 @@ def test_a_digest_depends_on_every_version_and_on_no_order() -> None:
 
 
 def test_what_may_pass_and_what_never_does() -> None:
-    site = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "NCCL_SOCKET_IFNAME": "eth0", "TRITON_CACHE_DIR": "/c"}
+    site = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0", "NCCL_SOCKET_IFNAME": "eth0", "TRITON_CACHE_DIR": "/c",
+            "FLASHINFER_WORKSPACE_BASE": "/c"}  # fmt: skip
     refused = {
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "NVIDIA_API_KEY", "AWS_SECRET_ACCESS_KEY",
         "NCCL_PASSWORD", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "HTTPS_PROXY", "OMP_NUM_THREADS", "RANK",

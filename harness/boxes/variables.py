@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 NAMES = frozenset({
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD",
-    "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE",
+    "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "VLLM_CACHE_ROOT", "FLASHINFER_WORKSPACE_BASE", "XDG_CACHE_HOME",
+    "HF_HOME", "HF_HUB_CACHE",
     "CC", "CXX",
 })  # fmt: skip
 """Where libraries, compilers and caches are, and in which language to speak."""

@@ -89,7 +89,7 @@ class Fault(Frozen):
     env: dict[str, str] = Field(default_factory=dict)
     signal: dict[str, str] | None = None
     needs: tuple[str, ...] = ()
-    limit_s: float = 40.0
+    limit_s: float = 120.0
     off: Shown | None = None
     shown: Shown | None = None
     alone: bool = False
@@ -154,8 +154,10 @@ def job_of(fault: Fault, debug: bool) -> Job:
 
 
 def _planted(argv: tuple[str, ...]) -> list[str]:
-    """The command line of a training job with the module that plants a fault into it."""
-    return ["harness.payload.drills.job" if word == "harness.payload.train" else word for word in argv[1:]]
+    """The command line of a training job with the module that plants a fault into it, and time for survivors."""
+    swapped = {"harness.payload.train": ["harness.payload.drills.job"],
+               "torch.distributed.run": ["torch.distributed.run", "--monitor-interval=2"]}  # fmt: skip
+    return [new for word in argv[1:] for new in swapped.get(word, [word])]
 
 
 def _training_job(fault: Fault) -> Job:

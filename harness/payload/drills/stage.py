@@ -25,7 +25,7 @@ from harness.payload.drills.deed import UNDONE
 SEEN = Path("seen")
 CONSOLE = SEEN / "console.log"
 POLL_S = 0.1
-HOLDER_LIMIT_S = 40.0
+HOLDER_LIMIT_S = 90.0
 LIBRARIES = {"vllm": "vLLM", "triton": "Triton"}
 OWN_FILES = ("events.rank*.jsonl", "nccl_trace_rank_*", "nccl.*.log", "server.log", "prepare.log")
 """What a job of ours leaves in its directory and a person would look at."""

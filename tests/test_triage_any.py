@@ -93,7 +93,15 @@ def test_every_class_of_the_taxonomy_has_a_log() -> None:
         ("transformers/utils/import_utils.py", "dep_missing_abi"),
         ("torch/cuda/__init__.py", "driver_runtime"),
         ("torch/distributed/elastic/rendezvous/dynamic_rendezvous.py", "rdzv_timeout"),
+        ("transformers/utils/quantization_config.py", "quant_setup"),
+        ("transformers/utils/loading_report.py", "ckpt_load_mismatch"),
+        ("transformers/tokenization_utils_base.py", "data_format"),
+        ("megatron/core/dist_checkpointing/mapping.py", "ckpt_load_mismatch"),
+        ("megatron/training/arguments.py", "parallel_config"),
+        ("llamafactory/data/aligner.py", "data_format"),
+        ("botocore/auth.py", "hub_access"),
         ("my/own/train.py", "app_exception"),
+        ("my/own/data/train.py", "app_exception"),
     ],
 )
 def test_an_unknown_error_is_of_the_library_that_raised_it(tmp_path: Path, place: str, name: str) -> None:

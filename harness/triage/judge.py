@@ -236,13 +236,20 @@ def _table_only(files: Files) -> LogVerdict | None:
 
 
 def _weak(files: Files) -> LogVerdict | None:
-    """Errors that only say that something failed: NCCL's own first, then those that pass on another process's."""
+    """Errors that count only where nothing better is found, such as NCCL's own."""
+    named = [one for one in _weak_events(files) if one.failure_class != "app_exception"]
+    return _from_event(files, named[0], "supported", NOBODY) if named else None
+
+
+def _weak_events(files: Files) -> list[Event]:
     weak = [one for one in files.events if one.signature and one.signature.weak]
-    weak = [one for one in weak if not _survived(files, one, weak)]
-    named = [one for one in weak if one.failure_class != "app_exception"]
-    if not (named or weak):
-        return None
-    return _from_event(files, (named or weak)[0], "supported" if named else "hypothesis", NOBODY)
+    return [one for one in weak if not _survived(files, one, weak)]
+
+
+def _passed_on(files: Files) -> LogVerdict | None:
+    """Errors that only say that another process failed."""
+    weak = _weak_events(files)
+    return _from_event(files, weak[0], "hypothesis", NOBODY) if weak else None
 
 
 def _soft_crash(files: Files) -> LogVerdict | None:
@@ -289,8 +296,8 @@ def _unknown(files: Files) -> LogVerdict:
 
 
 RULES: tuple[Callable[[Files], LogVerdict | None], ...] = (
-    _kernel, _ended_from_outside, _initiated, _crashed, _recorded, _communication, _weak, _table_only, _soft_crash,
-    _teardown, _fell_silent, _good, _unknown,
+    _kernel, _ended_from_outside, _initiated, _crashed, _recorded, _communication, _weak, _table_only, _passed_on,
+    _soft_crash, _teardown, _fell_silent, _good, _unknown,
 )  # fmt: skip
 
 

@@ -73,7 +73,8 @@ def test_a_disk_without_room_is_said_before_anything_is_loaded(room: Any, monkey
 @pytest.mark.parametrize(
     ("changes", "keep", "copies"),
     [({}, "none", 0), ({}, "adapter", 1), ({}, "merged", 2), ({"method": "full"}, "none", 3),
-     ({"method": "full", "strategy": "fsdp"}, "none", 1), ({"weights": "/models/own"}, "adapter", 0)],
+     ({"method": "full", "optimizer": "adamw_8bit"}, "none", 2), ({"method": "full", "strategy": "fsdp"}, "none", 1),
+     ({"weights": "/models/own"}, "adapter", 0)],
 )  # fmt: skip
 def test_what_is_written_follows_from_the_case(
     room: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], keep: str, copies: int

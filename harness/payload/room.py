@@ -55,12 +55,14 @@ def needed_bytes(case: dict[str, Any], variant: dict[str, Any], keep: str) -> in
 
     parameters = sum(tensor.numel() for tensor in model.build(case, variant, "meta").parameters())
     weights = parameters * VALUE_BYTES[case["param_dtype"]]
-    copies = 0
+    copies = moments = 0
     if case["method"] == "full":  # the checkpoint, and unless it is sharded both moments of AdamW
-        copies += 1 if case["strategy"] == "fsdp" else 3
+        copies = 1
+        if case["strategy"] != "fsdp":
+            moments = 2 * parameters if "8bit" in case["optimizer"] else 2 * weights
     if keep != "none" and case["weights"] == "random":
         copies += 1  # the base that serving starts from too
-    return weights * (copies + (keep == "merged"))
+    return weights * (copies + (keep == "merged")) + moments
 
 
 def check_disk(case: dict[str, Any], variant: dict[str, Any], keep: str) -> None:

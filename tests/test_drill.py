@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from harness import drill
+from harness.drill import show
 from harness.drill.faults import chosen, faults, job_of
 from harness.drill.run import _not_injected
-from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary, table, truth_of
+from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary, truth_of
 from harness.errors import HarnessError
 from harness.schema import Culprit, LogVerdict, NextStep
 from harness.triage import triage
@@ -162,12 +163,51 @@ def test_the_exit_code_says_whether_triage_was_right_wrong_or_not_asked() -> Non
     assert (counts["faults"], counts["class_right"], counts["healthy"], counts["false_alarms"]) == (2, 1, 1, 1)
 
 
-def test_the_table_fits_80_columns() -> None:
+def said(*parts: Any) -> str:
+    """What stands on a terminal of 80 columns."""
     from rich.console import Console
 
-    out = Console(width=80, record=True, file=io.StringIO())
-    out.print(table([drilled("right"), drilled("wrong", found="unknown")]))
-    assert max(map(len, out.export_text().splitlines())) <= 80
+    out = Console(width=80, file=io.StringIO(), record=True)
+    out.print(*parts, sep="\n")
+    text: str = out.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+def test_every_fault_has_one_line_of_at_most_80_columns_with_both_results() -> None:
+    found = [truth_of(one, debug) for one in faults() for debug in (False, True)]
+    results = [
+        drilled("right", one.shown_class, one.shown_class).model_copy(
+            update={
+                "name": one.fault,
+                "debug": one.debug,
+                "expected_culprit": one.shown_culprit,
+                "seconds": 101.0,
+                "why": one.why,
+            }
+        )
+        for one in found
+    ]
+    rows = said(show.table(results, Path("drills/x"))).splitlines()
+    for one in faults():
+        assert sum(row.split()[:1] == [one.name] for row in rows) == 1, one.name
+    assert "note: nccl-killed-off: The other rank waits" in " ".join(rows)
+    assert len(said(*(show.line(one, 130, 130) for one in results)).splitlines()) == len(results)
+
+
+def test_the_table_says_what_was_wrong_and_where_to_read_it_and_each_reason_once() -> None:
+    wrong = drilled("wrong", found="unknown").model_copy(update={"reason": "class unknown", "folder": "x-off"})
+    skips = [drilled("skipped").model_copy(update={"name": name, "reason": "no vLLM"}) for name in ("b", "a")]
+    text = said(show.table([wrong, *skips], Path("drills/1")))
+    assert "wrong: x-off: class unknown" in text
+    assert "harness triage drills/1/x-off/seen" in text
+    assert "skipped: a, b: no vLLM" in text
+
+
+def test_the_list_says_what_is_really_done() -> None:
+    text = said(show.listing(chosen(None, "cuda")))
+    assert "gpu-oom-load-pretrained" in text
+    assert "Rank 1 sends itself SIGKILL" in text
 
 
 def test_a_program_that_failed_before_its_deed_counts_as_not_injected() -> None:

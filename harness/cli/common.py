@@ -24,7 +24,9 @@ app = typer.Typer(
 Matrix = Annotated[Path, typer.Argument(help="A matrix file (YAML).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value, for a machine.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds run directories.")]
-Only = Annotated[str | None, typer.Option("--only", help="Only cases whose id matches: shell patterns, commas between.")]
+Only = Annotated[
+    str | None, typer.Option("--only", help="Only cases whose id matches: shell patterns, commas between.")
+]
 Backend = Annotated[
     str, typer.Option("--backend", help="Who starts the jobs: local, slurm, export, or replay:RUN_DIRECTORY.")
 ]
@@ -51,11 +53,11 @@ def placed(backend: str, site: str | None, runs: Path) -> tuple[str, Path]:
     return f"{backend}:{site}", shared if runs == Path("runs") and backend == "slurm" else runs
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
     """The terminal, without guesses at what to colour."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, stderr=stderr)
 
 
 def show_parts(*parts: RenderableType) -> None:

@@ -31,27 +31,20 @@ def drill(
     from harness import drill as drills
 
     if listed:
-        return _list(drills.chosen(only, device), as_json)
+        faults = drills.chosen(only, device)
+        if as_json:
+            print_json([one.model_dump(mode="json") for one in faults])
+        else:
+            show_parts(drills.listing(faults))
+        return 0
     folder = out or Path("drills") / time.strftime("%Y-%m-%d-%H%M%S")
     options = drills.Options(folder, only, device, gpus, debug, box, jobs)
-    out_to = console()
-    results = drills.run(options, (lambda _: None) if as_json else lambda one: out_to.print(drills.line(one)))
+    to = console(stderr=as_json)
+    results = drills.run(options, lambda *ended: to.print(drills.line(*ended)))
     if as_json:
         listing = [one.model_dump(mode="json") for one in results]
         print_json({"out": str(folder), "summary": drills.summary(results), "drills": listing})
     else:
-        show_parts("", drills.table(results))
-        out_to.print(f"logs and truth: {folder}", soft_wrap=True)
+        show_parts("", drills.table(results, folder))
+        to.print(f"logs and truth: {folder}", soft_wrap=True)
     return drills.exit_code(results)
-
-
-def _list(faults: tuple[object, ...], as_json: bool) -> int:
-    from harness.drill import Fault
-
-    entries = [one for one in faults if isinstance(one, Fault)]
-    if as_json:
-        print_json([one.model_dump(mode="json") for one in entries])
-    else:
-        width = max(len(one.name) for one in entries)
-        print("\n".join(f"{one.name:{width}}  {one.failure_class:18}  {one.done}" for one in entries))
-    return 0

@@ -2,7 +2,8 @@
 
 from harness.drill.faults import Fault, chosen, faults
 from harness.drill.run import Options, compare, run
-from harness.drill.score import Drilled, Truth, exit_code, line, mistakes, summary, table
+from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary
+from harness.drill.show import line, listing, table
 
 __all__ = [
     "Drilled",
@@ -14,6 +15,7 @@ __all__ = [
     "exit_code",
     "faults",
     "line",
+    "listing",
     "mistakes",
     "run",
     "summary",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import harness
-from harness import __version__, backends, boxes, store, triage
+from harness import __version__, backends, boxes, host, store, triage
 from harness.drill import score
 from harness.drill.faults import Debug, Fault, chosen, job_of, settings
 from harness.drill.score import Drilled, Truth
@@ -38,10 +38,11 @@ class Options:
     at_once: int = 1
 
 
-Watch = Callable[[Drilled], None]
+Watch = Callable[[Drilled, int, int], None]
+"""Is told each drill as it ends, its number in the order of ending, and how many there are."""
 
 
-def run(options: Options, watch: Watch = lambda _: None) -> list[Drilled]:
+def run(options: Options, watch: Watch = lambda *_: None) -> list[Drilled]:
     """Every chosen drill; HarnessError where none can begin. The scorecard stands in `out` after each."""
     faults = chosen(options.only, options.device)
     if options.out.exists() and any(options.out.iterdir()):
@@ -52,15 +53,29 @@ def run(options: Options, watch: Watch = lambda _: None) -> list[Drilled]:
     drills = _Drills(options, directory.payload_root)
     todo = [(fault, debug) for fault in faults for debug in settings(options.debug)]
     results: list[Drilled] = []
+    made = _made(options)
     for result in drills.all(todo, options.at_once):
         results.append(result)
-        watch(result)
-        _keep(options.out, results)
+        watch(result, len(results), len(todo))
+        _keep(options.out, made, results)
     return sorted(results, key=lambda one: [fault.name for fault in faults].index(one.name))
 
 
-def _keep(out: Path, results: Sequence[Drilled]) -> None:
-    card = {"summary": score.summary(results), "drills": [one.model_dump(mode="json") for one in results]}
+def _made(options: Options) -> dict[str, object]:
+    """What a scorecard says of itself."""
+    return {
+        "harness": __version__,
+        "commit": host.commit(PACKAGE.parent),
+        "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "device": options.device,
+        "box": options.box,
+        "at_once": options.at_once,
+    }
+
+
+def _keep(out: Path, made: dict[str, object], results: Sequence[Drilled]) -> None:
+    drills = [one.model_dump(mode="json") for one in results]
+    card = {"made": made, "summary": score.summary(results), "drills": drills}
     (out / "scorecard.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
@@ -216,6 +231,7 @@ def _result(truth: Truth, status: score.Status, reason: str, seconds: float = 0.
         reason=reason,
         expected_class=truth.shown_class,
         expected_culprit=truth.shown_culprit,
+        why=truth.why,
         found_class=verdict.failure_class if verdict else "",
         found_culprit=verdict.culprit if verdict else None,
         class_status=verdict.class_status if verdict else "",

@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from harness.drill.faults import Fault
 from harness.schema import Culprit, Frozen, LogVerdict
 
 Status = Literal["right", "wrong", "skipped", "not injected"]
-STYLE = {"right": "green", "wrong": "bold red", "skipped": "dim", "not injected": "yellow"}
 
 
 class Truth(Frozen):
@@ -46,7 +42,9 @@ class Drilled(Frozen):
     reason: str = ""
     """Why it was skipped or not injected, or what triage got wrong."""
     expected_class: str
+    """What the log can show at best, as `expected_culprit`; `why` where that is not what was done."""
     expected_culprit: Culprit | None = None
+    why: str = ""
     found_class: str = ""
     found_culprit: Culprit | None = None
     class_status: str = ""
@@ -74,13 +72,14 @@ def mistakes(truth: Truth, verdict: LogVerdict) -> list[str]:
     found = []
     if verdict.failure_class != truth.shown_class:
         found.append(f"class {verdict.failure_class}, but it was {truth.shown_class}")
-    named, meant = _rank(verdict.culprit), _rank(truth.shown_culprit)
+    named, meant = rank_of(verdict.culprit), rank_of(truth.shown_culprit)
     if named != meant:
         found.append(f"{_said(named)} named, but it was {_said(meant)}")
     return found
 
 
-def _rank(culprit: Culprit | None) -> int | None:
+def rank_of(culprit: Culprit | None) -> int | None:
+    """The rank in it, if any."""
     return culprit.rank if culprit else None
 
 
@@ -98,8 +97,8 @@ def summary(results: Sequence[Drilled]) -> dict[str, int]:
         "faults": len(faults),
         "class_right": sum(one.found_class == one.expected_class for one in faults),
         "culprits": len(blamed),
-        "culprit_right": sum(_rank(one.found_culprit) == _rank(one.expected_culprit) for one in blamed),
-        "culprit_wrong": sum(_rank(one.found_culprit) not in (None, _rank(one.expected_culprit)) for one in judged),
+        "culprit_right": sum(rank_of(one.found_culprit) == rank_of(one.expected_culprit) for one in blamed),
+        "culprit_wrong": sum(rank_of(one.found_culprit) not in (None, rank_of(one.expected_culprit)) for one in judged),
         "healthy": len(healthy),
         "false_alarms": sum(one.found_class != "no_failure" for one in healthy),
         "skipped": sum(one.status == "skipped" for one in results),
@@ -112,40 +111,3 @@ def exit_code(results: Sequence[Drilled]) -> int:
     if any(one.status == "wrong" for one in results):
         return 1
     return 0 if any(one.status == "right" for one in results) and not summary(results)["not_injected"] else 2
-
-
-def table(results: Sequence[Drilled]) -> RenderableType:
-    """The scorecard for a terminal of 80 columns."""
-    rows = Table(box=None, padding=(0, 1), pad_edge=False)
-    for column in ("fault", "debug", "triage says", "who", ""):
-        rows.add_column(column, header_style="dim", overflow="fold")
-    for one in results:
-        said = one.found_class or one.reason
-        rows.add_row(one.name, "on" if one.debug else "off", Text(said), Text(_who(one)),
-                     Text(one.status, style=STYLE[one.status]))  # fmt: skip
-    wrong = [Text(f"{one.name} ({one.folder}): {one.reason}", style="red") for one in results if one.status == "wrong"]
-    odd = [Text(f"{one.name}: {one.reason}", style="yellow") for one in results if one.status == "not injected"]
-    return Group(rows, *wrong, *odd, Text(sentence(results), style="bold"))
-
-
-def _who(one: Drilled) -> str:
-    rank = _rank(one.found_culprit)
-    return "" if rank is None else f"rank {rank}"
-
-
-def line(one: Drilled) -> str:
-    """One line as a drill ends."""
-    what = one.found_class if one.status in ("right", "wrong") else ""
-    who = _who(one)
-    return "  ".join(part for part in (f"{one.status:12}", f"{one.name} ({'on' if one.debug else 'off'})",
-                                       what, who, one.reason, f"{one.seconds:.0f} s") if part)  # fmt: skip
-
-
-def sentence(results: Sequence[Drilled]) -> str:
-    """The counts in one sentence."""
-    counts = summary(results)
-    return (
-        f"{counts['class_right']} of {counts['faults']} faults named, {counts['culprit_right']} of "
-        f"{counts['culprits']} culprits, {counts['culprit_wrong']} wrong ones; {counts['false_alarms']} alarms in "
-        f"{counts['healthy']} healthy runs; {counts['skipped']} skipped, {counts['not_injected']} not injected"
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import shutil
 import sys
 import types
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from harness.payload import train
 from harness.schema import Observation, Outcome, TrainCase
 from harness.triage import diagnose
 
@@ -88,3 +90,17 @@ def test_what_is_written_follows_from_the_case(
     monkeypatch.setattr(harness.payload, "model", fake, raising=False)
     case = {**CASE.model_dump(mode="json"), **changes}
     assert room.needed_bytes(case, {}, keep) == copies * 20 * 2
+
+
+@pytest.mark.parametrize(
+    ("devices", "shown", "left"), [(1, None, "0"), (1, "3,5", "3"), (1, "", ""), (2, "3,5", "3,5"), (2, None, None)]
+)
+def test_a_single_process_sees_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, devices: int, shown: str | None, left: str | None
+) -> None:
+    """Transformers' Trainer spreads it over all that it sees (DataParallel), whatever the batch."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown or "")
+    if shown is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    train.keep_to_own_gpu({"device": "cuda", "devices": devices})
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left

@@ -42,6 +42,7 @@ def attempt(order: Path, journal: Journal) -> int:
     telemetry = None
     try:
         job = json.loads(order.read_text(encoding="utf-8"))
+        keep_to_own_gpu(job["case"])
         telemetry = watch_gpus(job["case"])
         run(job, journal)
     except Exception as error:
@@ -52,6 +53,14 @@ def attempt(order: Path, journal: Journal) -> int:
         sampler.stop(telemetry)
     journal.write("end", ok=True)
     return 0
+
+
+def keep_to_own_gpu(case: dict[str, Any]) -> None:
+    """Hide the host's other GPUs from a single process, before torch looks: transformers' Trainer spreads a model over
+    all that it sees."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    if case["device"] == "cuda" and case["devices"] == 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[0]
 
 
 def watch_gpus(case: dict[str, Any]) -> subprocess.Popen[bytes] | None:

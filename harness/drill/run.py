@@ -159,7 +159,7 @@ class _Drills:
     def _impossible(self, fault: Fault) -> str | None:
         """Why this machine cannot make it, as far as that is known before."""
         if fault.device == "cuda" and self._gpus < fault.gpus:
-            return f"needs {fault.gpus} GPUs, {self._gpus} can be seen"
+            return f"needs {'a GPU' if fault.gpus == 1 else f'{fault.gpus} GPUs'}, {self._gpus} can be seen"
         try:
             if fault.environment not in self._environments:
                 self._environments[fault.environment] = self._box.environment(fault.environment)

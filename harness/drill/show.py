@@ -36,7 +36,7 @@ def table(results: Sequence[Drilled], out: Path) -> RenderableType:
         of = {one.debug: one for one in results if one.name == name}
         expected = {_said(one.expected_class, rank_of(one.expected_culprit)): None for one in of.values()}
         rows.add_row(name, "\n".join(expected), *(_status(of.get(debug)) for debug in (False, True)))
-    less = [Text(f"note: {_id(one)}: {one.why}", style="dim") for one in results if one.why]
+    less = [Text(f"note: {_id(one)}: {one.why}", style="dim") for one in results if one.why and one.found_class]
     return Group(rows, *less, *_wrong(results, out), *_not_judged(results), Text(sentence(results), style="bold"))
 
 

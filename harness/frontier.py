@@ -1,7 +1,8 @@
 """The largest value of one field that fits, found by halving the gap between what fits and what does not. Pure.
 
 A plan's `Frontier` names a whole grid of cases; a search measures a few of them. Only what was measured is ever said to
-fit, and only a failure for want of memory says that a value is too large.
+fit, and only a failure for want of memory says that a value is too large. Where peaks were measured, a line through
+them says which part of the gap to look at first; no claim follows from it, and `most_runs` holds whatever it says.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ OF_A_SERVER = frozenset({"serve_kv_cache"})
 BELOW, ABOVE, OPEN = "frontier_below", "frontier_above", "frontier_open"
 RULES = frozenset({BELOW, ABOVE, OPEN})
 """Rules of the skips that a search makes."""
+UNUSED = 0.04
+"""Of what PyTorch may hold, the share that a case may leave unused when it runs out: kernels' code that comes later,
+gaps between blocks. Our own estimate: `tests/bench_frontier.py` shows what follows from it, right or wrong."""
 State = Literal["fits", "too large", "unknown", "failed otherwise"]
 
 
@@ -91,8 +95,23 @@ class Search:
 
     @property
     def next(self) -> Point | None:
-        """The point to measure now: the middle of the gap; `None` where the search is over."""
-        return self.gap[len(self.gap) // 2] if self.gap and not self.obstacle else None
+        """The point to measure now; `None` where the search is over."""
+        return self.gap[self._chosen()] if self.gap and not self.obstacle else None
+
+    @property
+    def most_runs(self) -> int:
+        """How many runs a search of so many points may take: as many as halving, or one more within a third of them."""
+        halving = (len(self.points)).bit_length()
+        return halving + (3 * (halving + 1) <= len(self.points))
+
+    def _chosen(self) -> int:
+        """The place in the gap to measure: where the peaks point, as near as `most_runs` allows, else the middle."""
+        size = len(self.gap)
+        left = self.most_runs - self.tries - 1
+        affordable = [at for at in range(size) if max(at, size - 1 - at).bit_length() <= left]
+        wanted = guess(self.points, self.gap)
+        middle = size // 2
+        return min(affordable, key=lambda at: abs(at - wanted)) if affordable and wanted is not None else middle
 
     @property
     def idle(self) -> tuple[tuple[Point, str, str], ...]:
@@ -110,6 +129,52 @@ class Search:
             reason = f"{self.axis} {blocked.value:,} failed otherwise ({blocked.failure})"
             return OPEN, f"Not measured: {reason}, so the search cannot go on."
         return None
+
+
+# ---------------------------------------------------------------- where to look first
+
+
+def guess(points: Sequence[Point], gap: Sequence[Point]) -> int | None:
+    """Where in `gap` the largest value that fits may lie, from measured peaks; `None` where they do not say.
+
+    The peaks of the two largest values that fit, or of one and of its weights alone, give a line over the values. What
+    PyTorch was allowed is the most that may be held; somewhat less is used, so the border is likely where the line lies
+    between the two: the middle of those places. A server takes all it may whatever is asked: its peaks say nothing.
+    """
+    fits = [(one.value, one.record) for one in points if one.state == "fits" and one.record]
+    fits = [(value, record) for value, record in fits if record.case.kind == "train"]
+    peaks = [(value, peak) for value, record in fits if (peak := peak_bytes(record))]
+    room = min((found for _, record in fits if (found := room_bytes(record))), default=None)
+    if len(peaks) == 1:
+        peaks = [(0, loaded) for _, record in fits if (loaded := peak_bytes(record, "load"))][:1] + peaks
+    if room is None or len(peaks) < 2:
+        return None
+    (one, low), (other, high) = peaks[-2:]
+    each = (high - low) / (other - one)
+    border = [high + each * (point.value - other) for point in gap]
+    below, above = [float("-inf"), *border], [*border, float("inf")]
+    likely = [at for at in range(len(border) + 1) if below[at] <= room and above[at] > room * (1 - UNUSED)]
+    # Place 0 is the border below the whole gap: to see it, the gap's first value is measured.
+    return max(likely[len(likely) // 2] - 1, 0) if likely and each > 0 else None
+
+
+def peak_bytes(record: Record, phase: str | None = None) -> int | None:
+    """The most that tensors held on one GPU, in all phases or in one."""
+    ranks = record.last.observation.ranks if record.last else ()
+    found = [memory.peak_allocated_bytes or 0 for rank in ranks for memory in rank.memory
+             if phase in (None, memory.phase)]  # fmt: skip
+    return max(found, default=0) or None
+
+
+def room_bytes(record: Record) -> int | None:
+    """What PyTorch was allowed on each GPU, or else what the smallest GPU has."""
+    train = record.last.observation.train if record.last else None
+    cap = train.proof.get("memory_cap") if train and train.proof else None
+    allowed = cap.get("allowed_bytes") if isinstance(cap, dict) else None
+    if isinstance(allowed, int):
+        return allowed
+    gpus = record.provenance.gpus if record.provenance else ()
+    return min((gpu.total_bytes for gpu in gpus), default=None) if record.case.device == "cuda" else None
 
 
 def _value(point: Point) -> int:

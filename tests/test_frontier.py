@@ -3,51 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import bench_frontier
 import pytest
-from fakes import records, stub_box
+from fakes import records, stub_box, surfaces
 from fakes.stub_run import MATRIX, Bench
+from fakes.surfaces import CASE, as_record, searched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import boxes, frontier, host, pipeline, schema
-from harness.schema import Gpu, Record, TrainCase, case_id
-from harness.store import read_record, records_below
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-CASE = records.train_case(device="cuda")
-
-
-def as_record(case: TrainCase, failure: str | None) -> Record:
-    """A record of `case` that ran, or failed so."""
-    outcome = schema.Outcome(exit_code=0 if failure is None else 1, start=1.0, end=2.0)
-    diagnosis = failure and schema.Diagnosis(failure_class=failure, summary="It failed.")
-    job = schema.JobRun(job_id="j", environment="train", dir="jobs/j.1", outcome=outcome)
-    attempt = schema.Attempt(number=1, jobs=(job,), observation=schema.Observation(), diagnosis=diagnosis or None)
-    return Record(
-        case_id=case_id(case), case=case, status="failed" if failure else "measured", attempts=(attempt,),
-        frontier="seq_len", finished_at=2.0,
-    )  # fmt: skip
-
-
-def searched(values: Sequence[int], ends: Callable[[int], str | None]) -> tuple[frontier.Search, dict[int, Record]]:
-    """A search over `values` to its end, and what it ran; `ends` says how each would end."""
-    cases = [CASE.model_copy(update={"seq_len": value}) for value in values]
-    done: dict[int, Record] = {}
-    for _ in range(len(values) + 1):
-        found = frontier.search("seq_len", cases, {record.case_id: record for record in done.values()})
-        if found.next is None:
-            break
-        case = next(one for one in cases if case_id(one) == found.next.case_id)
-        assert case.seq_len not in done
-        done[case.seq_len] = as_record(case, ends(case.seq_len))
-    assert found.next is None
-    return found, done
-
+from harness import boxes, frontier, host, pipeline
+from harness.schema import Gpu, TrainCase, case_id
+from harness.store import read_record
 
 GRIDS = st.integers(2, 50).flatmap(
     lambda n: st.lists(st.integers(8, 2_000), min_size=n, max_size=n, unique=True).map(sorted)
@@ -62,7 +30,7 @@ def test_the_answer_is_the_grids_and_takes_a_third_of_its_runs(values: list[int]
     assert (found.fits.value if found.fits else None) == max(fitting, default=None)
     above = [value for value in values if value > room]
     assert (found.fails.value if found.fails else None) == min(above, default=None)
-    assert len(done) <= math.ceil(math.log2(len(values) + 1))
+    assert len(done) <= math.ceil(math.log2(len(values) + 1))  # no peaks, no guess: halving alone
     if len(values) >= 12:
         assert 3 * len(done) <= len(values)
     assert len(found.idle) + len(done) == len(values)
@@ -106,40 +74,99 @@ def test_it_is_found_again_from_records_alone() -> None:
     assert again.tries == found.tries
 
 
-# ---------------------------------------------------------------- recorded surfaces
+# ---------------------------------------------------------------- guided by measured peaks
 
 
-def peaks() -> dict[str, dict[int, int]]:
-    """Measured peaks of allocated memory by length, of each committed case measured at three lengths."""
-    found: dict[str, dict[int, int]] = {}
-    for path in records_below(ROOT / "reports"):
-        record = read_record(path)
-        case, train = record.case, record.last and record.last.observation.train
-        if record.status == "measured" and train and isinstance(case, TrainCase) and case.memory_cap_gib is None:
-            assert record.last
-            peak = max(
-                memory.peak_allocated_bytes or 0 for rank in record.last.observation.ranks for memory in rank.memory
-            )
-            found.setdefault(f"{path.parents[2].name}/{frontier.group(case, 'seq_len')}", {})[case.seq_len] = peak
-    return {name: of for name, of in found.items() if len(of) >= 3}
+@settings(max_examples=150)
+@given(
+    st.sampled_from(sorted(surfaces.MADE_UP)),
+    st.integers(2, 40),
+    st.sampled_from([64, 512, 2048]),
+    st.floats(0, 1),
+    st.floats(0.85, 1.1),
+    st.booleans(),
+)
+def test_whatever_the_peaks_say_the_answer_is_right_and_the_bound_holds(
+    name: str, count: int, step: int, share: float, real: float, loaded: bool
+) -> None:
+    """Capacity differs from what the record says of it by -15 to +10 %; on surfaces that no line describes too."""
+    peak, values = surfaces.MADE_UP[name], range(step, step * count + 1, step)
+    low, high = min(map(peak, values)), max(map(peak, values))
+    capacity = low * 0.99 + (high * 1.01 - low * 0.99) * share
+    ends = {value: None if peak(value) <= capacity else "oom_gpu_backward" for value in values}
+    found, done = searched(values, ends.__getitem__, peak, 2**34 if loaded else 0, capacity / real)
+    assert len(done) <= found.most_runs <= math.ceil(math.log2(count + 1)) + 1
+    if count >= 12:
+        assert 3 * len(done) <= count
+    assert found.fits is None or (found.fits.value in done and ends[found.fits.value] is None)
+    assert found.fails is None or ends[found.fails.value] is not None
+    fitting = [value for value in values if ends[value] is None]
+    if fitting == list(values)[: len(fitting)]:  # nothing that fits lies above something that does not
+        assert (found.fits.value if found.fits else None) == max(fitting, default=None)
 
 
-def between(known: Mapping[int, int], length: int) -> float:
-    """Bytes at a length between measured ones, on the line between its neighbours."""
-    low = max(one for one in known if one <= length)
-    high = min(one for one in known if one >= length)
-    return known[low] + (known[high] - known[low]) * (length - low) / max(high - low, 1)
+@settings(max_examples=60)
+@given(GRIDS, st.data())
+def test_peaks_that_are_nonsense_cost_no_more_than_the_bound(values: list[int], data: st.DataObject) -> None:
+    room = data.draw(st.integers(0, 2_001))
+    peaks = {value: data.draw(st.floats(0, 1e12)) for value in values}
+    said = data.draw(st.floats(0, 1e12))
+    found, done = searched(
+        values, lambda value: None if value <= room else "oom_gpu_forward", peaks.__getitem__, said / 2, said
+    )
+    assert (found.fits.value if found.fits else None) == max((one for one in values if one <= room), default=None)
+    assert len(done) <= found.most_runs
 
 
-@pytest.mark.parametrize("name", sorted(peaks()))
+def test_two_peaks_point_at_the_border() -> None:
+    peak = surfaces.MADE_UP["linear"]
+    values = range(2048, 65_537, 2048)
+    found, done = searched(values, lambda value: None if value <= 55_000 else "oom_gpu_forward", peak, 2**34,
+                           peak(55_000) * 1.01)  # fmt: skip
+    assert list(done) == [34_816, 53_248, 55_296]
+    assert found.fits is not None
+    assert found.fits.value == 53_248
+
+
+def test_points_measured_before_leave_the_bound_to_halving() -> None:
+    values = range(1, 41)
+    cases = [CASE.model_copy(update={"seq_len": 8 * value}) for value in values]
+    measured = {case_id(case): as_record(case, None, 1e9 + case.seq_len, 1e9, 2e9) for case in cases[:10]}
+    found = frontier.search("seq_len", cases, measured)
+    assert found.tries > found.most_runs
+    assert found.next is found.gap[len(found.gap) // 2]
+
+
+@pytest.mark.parametrize("name", surfaces.recorded())
 def test_on_measured_memory_a_search_agrees_with_the_grid(name: str) -> None:
-    known = peaks()[name]
-    lengths = range(min(known), max(known) + 1, 256)
+    load, known = surfaces.recorded()[name]
+    peak, lengths = surfaces.through(known), range(min(known), max(known) + 1, 256)
     for cap in range(min(known.values()) - 2**28, max(known.values()) + 2**30, 2**30):
-        fitting = [value for value in lengths if between(known, value) <= cap]
-        found, done = searched(lengths, lambda value, fits=set(fitting): None if value in fits else "oom_gpu_forward")
+        fitting = [value for value in lengths if peak(value) <= cap]
+        found, done = searched(
+            lengths, lambda value, fits=set(fitting): None if value in fits else "oom_gpu_forward", peak, load, cap
+        )
         assert (found.fits.value if found.fits else None) == max(fitting, default=None)
         assert 3 * len(done) <= len(lengths)
+
+
+@pytest.mark.parametrize("count", [6, 12, 16])
+def test_on_measured_memory_peaks_save_runs(count: int) -> None:
+    halving, guided, _ = bench_frontier.runs(count, unused=(0.0, 0.06), steps=(1024,))
+    assert guided < halving
+
+
+def test_a_gpu_s_records_say_what_pytorch_was_allowed() -> None:
+    """The committed records, as the search reads them."""
+    folder = surfaces.ROOT / "reports/h200-1gpu/cases"
+    capped = read_record(folder / "train-nano-9b-v2-lora-s2048-b1-one-cap24-2cb8e1eb/record.json")
+    whole = read_record(folder / "train-nano-9b-v2-lora-s2048-b1-one-3400cbba/record.json")
+    room, peak = frontier.room_bytes(capped), frontier.peak_bytes(capped)
+    assert room is not None
+    assert peak is not None
+    assert 23 * 2**30 < room < 24 * 2**30
+    assert 18.6 * 2**30 < peak < 18.8 * 2**30
+    assert frontier.room_bytes(whole) == 150_754_820_096
 
 
 # ---------------------------------------------------------------- the replay backend

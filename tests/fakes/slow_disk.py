@@ -24,7 +24,7 @@ EVENT = struct.Struct("=IBBHQii")
 def watch(folder: str) -> int:
     """A descriptor of which each opening of a file on the mount at `folder` is read, to be allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
-    listener = libc.fanotify_init(FAN_CLASS_CONTENT | FAN_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC)
+    listener = int(libc.fanotify_init(FAN_CLASS_CONTENT | FAN_CLOEXEC, os.O_RDONLY | os.O_CLOEXEC))
     marked = listener < 0 or libc.fanotify_mark(
         listener, FAN_MARK_ADD | FAN_MARK_MOUNT, ctypes.c_uint64(FAN_OPEN_PERM), AT_FDCWD, folder.encode()
     )

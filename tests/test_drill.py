@@ -20,6 +20,7 @@ from harness.drill.faults import chosen, faults, job_of
 from harness.drill.run import _not_injected
 from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary, truth_of
 from harness.errors import HarnessError
+from harness.payload.drills import stage
 from harness.schema import Culprit, LogVerdict, NextStep
 from harness.triage import triage
 from harness.triage.signature import kinds
@@ -216,6 +217,35 @@ def test_a_program_that_failed_before_its_deed_counts_as_not_injected() -> None:
     assert _not_injected(truth, {"exit_code": 1, "undone": "training failed"}) == "training failed"
     assert _not_injected(truth, {"exit_code": 1}) == ""
     assert "nothing were wrong" in _not_injected(truth, {"exit_code": 0})
+
+
+def staged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> tuple[dict[str, Any], str]:
+    """How a program of Python ended on the stage, and what it printed."""
+    order = {"argv": ["-c", program], "env": {}, "needs": [], "prepare": "", "ranks": 0, "signal": None,
+             "limit_s": 20.0, "debug": False}  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps({"drill": order}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert stage.main(["job.json"]) == 0
+    return json.loads((tmp_path / "ended.json").read_text()), (tmp_path / "seen" / "console.log").read_text()
+
+
+def test_what_a_program_leaves_in_temporary_folders_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, printed = staged(tmp_path, monkeypatch, "import tempfile; print(tempfile.mkdtemp())")
+    assert ended["exit_code"] == 0
+    assert not Path(printed.strip()).parent.exists()
+
+
+def test_the_stage_says_of_a_program_that_it_never_came_to_its_deed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = "from harness.payload.drills.deed import done, intend; intend('no compiler'); "
+    ended, _ = staged(tmp_path, monkeypatch, begin + "1 / 0; done()")
+    assert (ended["exit_code"], ended["undone"]) == (1, "no compiler")
+    ended, _ = staged(tmp_path, monkeypatch, begin + "done(); 1 / 0")
+    assert "undone" not in ended
 
 
 # ---------------------------------------------------------------- for real

@@ -50,6 +50,7 @@ class Names:
             text = text.replace(old, new) if old else text
         if self._host and self._host != "localhost":
             text = re.sub(rf"(?<![\w.-]){re.escape(self._host)}(?![\w-])", "host1", text)
+        text = re.sub(r"/tmp/drill-\w{8}(?=/)", "/tmp", text)
         text = cassette._GPU.sub("GPU-00000000-0000-0000-0000-000000000001", text)
         text = cassette._PATH.sub(_shorter, text).replace(f"{Path.home()}/", "/")  # a path that text runs into
         return scrub(cassette._ADDRESS.sub("192.0.2.1", re.sub(r"\r(?!\n)", "\n", text)))

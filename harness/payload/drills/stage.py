@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,8 @@ def main(argv: list[str]) -> int:
     SEEN.mkdir(exist_ok=True)
     began = time.monotonic()
     try:
-        with prepared(order) as (prefix, arguments, env):
-            env = {**os.environ, **_one_gpu(order), **order["env"], **env}
+        with prepared(order) as (prefix, arguments, env), scratch() as folders:
+            env = {**os.environ, **folders, **_one_gpu(order), **order["env"], **env}
             code = _run([*prefix, *_command(order, arguments)], env, order)
     except NotPrepared as problem:
         return _say(skipped=str(problem))
@@ -51,6 +52,16 @@ def main(argv: list[str]) -> int:
 
 class NotPrepared(Exception):
     """What a fault needs around its program could not be made."""
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[dict[str, str]]:
+    """Variables that send what libraries leave behind into a folder which goes with the program.
+
+    It is not in the job directory, whose name may be too long for the address of a socket.
+    """
+    with tempfile.TemporaryDirectory(prefix="drill-", ignore_cleanup_errors=True) as folder:
+        yield dict.fromkeys(("TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TRITON_CACHE_DIR"), folder)
 
 
 def _one_gpu(order: dict[str, Any]) -> dict[str, str]:

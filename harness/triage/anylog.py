@@ -10,7 +10,8 @@ from typing import Any
 from harness.errors import HarnessError
 from harness.schema import LogVerdict
 from harness.triage import recorder, sieve
-from harness.triage.gather import Facts, Gatherer
+from harness.triage.facts import Facts
+from harness.triage.gather import Gatherer
 from harness.triage.judge import Files, judge
 from harness.triage.reading import Source, sources
 

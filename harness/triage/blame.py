@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.schema import ClaimStatus, Culprit
-from harness.triage.gather import Event, Facts
+from harness.triage.facts import Event, Facts
 from harness.triage.relevance import NUMBER
 from harness.triage.signature import kinds
 from harness.triage.vocabulary import MARK

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from harness.schema import ClaimStatus
-from harness.triage.gather import Facts
+from harness.triage.facts import Facts
 
 MAX_SENTENCES = 2
 """Where more sentences differ between ranks, sizes that differ mean nothing."""

@@ -6,11 +6,11 @@ import functools
 import re
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from harness.schema import Role
-from harness.scrub import scrub
 from harness.triage import vocabulary as words
+from harness.triage.facts import QUOTE_CHARS, Event, Facts, Mark, quote
+from harness.triage.launched import Launched
 from harness.triage.numbers import numbers_in
 from harness.triage.relevance import NUMBER, Relevance
 from harness.triage.sieve import Kept
@@ -19,24 +19,16 @@ from harness.triage.signature import Signature, kinds, signatures
 MAX_FRAMES = 240
 MAX_EVENTS_PER_SIGNATURE = 64
 MAX_LINE_CHARS = 4_000
-QUOTE_CHARS = 400
-LAST_LINES = 12
 NEAR_LINES = 6
 
-_SPLIT = re.compile(r"\r|\x1b\[[0-9;?]{0,20}[A-Za-z]|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)")
-_FAILED_FIRST = re.compile(r"first observed failure")
-_TABLE_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6})\b")
-_TABLE_HOST = re.compile(r"\bhost\s*:\s*([\w.-]{1,200})")
-_TABLE_EXIT = re.compile(r"\bexitcode\s*:\s*(-?\d{1,3})\b")
+_SPLIT = re.compile(
+    r"\r|\x1b\[[0-9;?]{0,20}[A-Za-ln-z]"
+    r"|(?=\[rank\d{1,6}\]:)|(?=(?<=\S)\[Rank \d{1,6}\] Watchdog)|^\{\"log\": ?\""
+)
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,20}m")
 _SUM = re.compile(r"(?:SeqNum=(?P<seq>\d+), OpType=(?P<op>\w+)(?:, NumelIn=(?P<n>\d+))?)")
 _WORK = re.compile(
     r"last enqueued(?: NCCL)? work: (?P<enqueued>-?\d+), last completed(?: NCCL)? work: (?P<completed>-?\d+)"
-)
-_FAILED_RANK = re.compile(r"^\W{0,40}?(?:\[\w+\]\s*)?\s*rank\s*:\s*(\d{1,6}) \(local_rank: \d{1,5}\)")
-_ENDED = re.compile(r"exitcode\s*: -?\d{1,3} \(pid: (\d{1,9})\)")
-_EXITED = re.compile(  # what Composer and mpirun say of a rank
-    r"[Gg]lobal rank (?P<rank>\d{1,6}) \(PID \d{1,9}\) exited with code (?P<code>-?\d{1,3})\b"
-    r"|process rank (?P<process>\d{1,6}) with PID \d{1,9} on node \S{1,200} exited on signal (?P<signal>\d{1,2})\b"
 )
 _CLOSED = re.compile(r"Sending process (\d{1,9}) closing signal")
 _ASKED = re.compile(r"distributed_c10d\.py\", line \d{1,6}, in (?!wrapper\b|_)(\w{1,60})")
@@ -46,71 +38,6 @@ _HEAD = re.compile(
 )
 """What differs between ranks without meaning: the head of a line of PyTorch's, times, process ids."""
 _SIZED = re.compile(r"\b(?:element|numel|count|shape|size|length|len)s?\b", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Event:
-    """A line that matched, or an exception that no signature knows."""
-
-    failure_class: str
-    role: Role
-    signature: Signature | None
-    file: str
-    line: int
-    text: str
-    who: words.Who
-    gpu: str | None
-    t: float | None
-    attempt: int
-    kind: str = ""
-    """The exception's type; empty where it is no exception."""
-
-
-@dataclass
-class Mark:
-    """The last sign of progress of one rank."""
-
-    step: int
-    line: int
-    text: str
-    t: float | None
-    attempt: int
-
-
-@dataclass
-class Facts:
-    """All that is kept of one file; its size does not grow with the file's."""
-
-    file: str
-    events: list[Event] = field(default_factory=list)
-    marks: dict[int, Mark] = field(default_factory=dict)
-    last_work: dict[int, tuple[int, int, str]] = field(default_factory=dict)
-    """Sequence number, elements and operation of the last collective that each rank names as failed."""
-    completed: dict[int, int] = field(default_factory=dict)
-    tables: list[tuple[int, int | None, str | None, int, str, int]] = field(default_factory=list)
-    """Rank, exit code, host, line, text, attempt: what torchrun saw fail first."""
-    good_ends: list[tuple[int, str, int]] = field(default_factory=list)
-    serving: list[tuple[int, str, int]] = field(default_factory=list)
-    health: list[tuple[int, str]] = field(default_factory=list)
-    numbers: dict[str, str] = field(default_factory=dict)
-    ranks: set[int] = field(default_factory=set)
-    world: int | None = None
-    nccl_ranks: dict[str, int] = field(default_factory=dict)
-    sized: dict[str, dict[int, tuple[tuple[str, ...], int, str]]] = field(default_factory=dict)
-    """Sentences with a size in them: template -> rank -> its numbers, line, text."""
-    crashes: list[Event] = field(default_factory=list)
-    failed: set[int] = field(default_factory=set)
-    """Ranks that torchrun lists as failed."""
-    closed: set[str] = field(default_factory=set)
-    """Processes that torchrun ended because another had failed."""
-    listed: set[str] = field(default_factory=set)
-    """Processes in torchrun's list of failures."""
-    asked: dict[int, str] = field(default_factory=dict)
-    """The collective that each rank was in when it gave up, by the name of PyTorch's function."""
-    telling: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
-    total: tuple[int, int] | None = None
-    attempts: int = 1
-    last_line: int = 0
 
 
 class Gatherer:
@@ -128,10 +55,12 @@ class Gatherer:
         """Speaker -> line after which Python prints an exception that it goes on after."""
         self._begun = self._ended = False
         self._stopping = False
-        self._after_frame: str | None = None
-        """How the line after a frame begins if it is the frame's source, without numbers."""
+        self._after_frame: tuple[int, str | None] = (0, None)
+        """The line of a frame, and how the next one begins if it is the frame's source, without numbers."""
         self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
-        self._table: dict[str, str] | None = None
+        self._launched = Launched(self.facts)
+        self._coloured = words.Who()
+        """Who spoke last in the line at hand."""
         self._relevance = Relevance()
         self._may: frozenset[str] = frozenset()
         """Questions that the line at hand can answer."""
@@ -140,7 +69,7 @@ class Gatherer:
         """All lines, and what became of them."""
         for number, line in kept:
             self.take(number, line)
-        self._close_table()
+        self._launched.close()
         for mark in self.facts.marks.values():
             mark.text = quote(mark.text)
         return self.facts
@@ -149,8 +78,10 @@ class Gatherer:
         """One line; ranks that share it are told apart."""
         text = line.decode("utf-8", "replace")
         for piece in _SPLIT.split(text[: 4 * MAX_LINE_CHARS]):
-            if piece and not piece.isspace():
-                self._piece(number, piece[:MAX_LINE_CHARS])
+            self._coloured = words.Who()
+            for part in _COLOUR.split(piece) if "\x1b" in piece else (piece,):
+                if part and not part.isspace():
+                    self._piece(number, part[:MAX_LINE_CHARS])
 
     def _piece(self, number: int, text: str) -> None:
         facts = self.facts
@@ -161,13 +92,16 @@ class Gatherer:
         self._t = words.time_of(text) or self._t
         if speaker.rank is None and speaker.key in facts.nccl_ranks:
             speaker = words.Who(speaker.key, facts.nccl_ranks[speaker.key], speaker.host, speaker.gpu)
+        if not speaker.key and self._coloured.key:
+            speaker = self._coloured  # the name stands in a colour of its own
+        self._coloured = speaker
         speaker = self._carried(number, text, speaker)
         if speaker.rank is not None:
             facts.ranks.add(speaker.rank)
-        if self._is_frame(text, speaker):
+        if self._is_frame(number, text, speaker):
             return
         if "table" in self._may:
-            self._table_line(number, text)
+            self._launched.take(number, text)
         if "closed" in self._may and (closed := _CLOSED.search(text)):
             self.facts.closed.add(closed[1])
         self._progress(number, text, speaker)
@@ -192,25 +126,29 @@ class Gatherer:
 
     # ------------------------------------------------------------ tracebacks
 
-    def _is_frame(self, text: str, speaker: words.Who) -> bool:
+    def _is_frame(self, number: int, text: str, speaker: words.Who) -> bool:
         """Whether the line belongs to a traceback's body, which is kept as context and says nothing by itself."""
         if "frame #" in text and words.CPP_FRAME.search(text):
             return True
-        if (prefix := self._after_frame) is not None:
-            self._after_frame = None
-            if NUMBER.sub("", text).startswith(prefix) and not (
-                self._asked("exception", words.EXCEPTION, text) or self._asked("frame", words.FRAME, text)
-            ):
-                self._stack(speaker).append(text[:300])
-                return True
+        if self._is_source(number, text):
+            self._stack(speaker).append(text[:300])
+            return True
         if self._asked("frame", words.FRAME, text):
             self._stack(speaker).append(words.as_python_says(text[:500]))
-            self._after_frame = words.before_frame(text)
+            self._after_frame = (number, words.before_frame(text))
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)
             return words.NOTEBOOK_HEAD.search(text) is not None
         return False
+
+    def _is_source(self, number: int, text: str) -> bool:
+        """Whether this is the line of source under a frame."""
+        at, prefix = self._after_frame
+        if number != at + 1 or prefix is None or not NUMBER.sub("", text).startswith(prefix):
+            return False
+        self._after_frame = (0, None)
+        return not (self._asked("exception", words.EXCEPTION, text) or self._asked("frame", words.FRAME, text))
 
     def _asked(self, name: str, form: re.Pattern[str], text: str) -> re.Match[str] | None:
         """A search that is only made where the line's words allow a match."""
@@ -237,16 +175,23 @@ class Gatherer:
             if found.role == "advice" or (self._stopping and found.weak and found.role == "cascade"):
                 return
             self._waited_in(found, speaker)
+            if found.weak:
+                self._crash(number, text, speaker)
             self._keep(self._made(found, found.failure_class, found.role, number, text, speaker, raised))
         elif raised and not raised["type"].endswith(("Exit",)):
             self._keep(self._made(None, "app_exception", "initiating", number, text, speaker, raised))
-        elif self._asked("crash", words.CRASH, text):
-            self.facts.crashes.append(self._made(None, "app_exception", "initiating", number, text, speaker, None))
-            del self.facts.crashes[16:]
-        elif "telling" in self._may:
+        elif not self._crash(number, text, speaker) and "telling" in self._may:
             self.facts.telling.append((number, text))
         if raised:
             self._frames.pop(speaker.key, None)
+
+    def _crash(self, number: int, text: str, speaker: words.Who) -> bool:
+        """Whether the line tells of a crash, which is then kept."""
+        if not self._asked("crash", words.CRASH, text):
+            return False
+        self.facts.crashes.append(self._made(None, "app_exception", "initiating", number, text, speaker, None))
+        del self.facts.crashes[16:]
+        return True
 
     def _waited_in(self, found: Signature, speaker: words.Who) -> None:
         """Remember the collective of a rank's time-out, which its traceback names."""
@@ -331,7 +276,7 @@ class Gatherer:
 
     def _last_mark(self, text: str) -> re.Match[str] | None:
         """The first mark of a line; of progress bars, which may share a line, the last."""
-        found = self._asked("mark", words.MARK, text)
+        found = None if words.SETUP_BAR.search(text) else self._asked("mark", words.MARK, text)
         if found is None or not found["bar"]:
             return found
         return next(reversed([one for one in words.MARK.finditer(text) if one["bar"]]))
@@ -343,32 +288,6 @@ class Gatherer:
             self.facts.last_work[speaker.rank] = (int(work["seq"]), int(work["n"] or 0), work["op"])
         if done := _WORK.search(text):
             self.facts.completed[speaker.rank] = int(done["completed"])
-
-    def _table_line(self, number: int, text: str) -> None:
-        if _FAILED_FIRST.search(text):
-            self._close_table()
-            self._table = {}
-        if failed := _FAILED_RANK.search(text):
-            self.facts.failed.add(int(failed[1]))
-        if ended := _ENDED.search(text):
-            self.facts.listed.add(ended[1])
-        if (left := _EXITED.search(text)) and left["code"] not in ("0", "-15"):
-            rank, code = int(left["rank"] or left["process"]), int(left["code"] or -int(left["signal"]))
-            self.facts.tables.append((rank, code, None, number, quote(text), self.facts.attempts))
-        if self._table is None:
-            return
-        for name, form in (("rank", _TABLE_RANK), ("host", _TABLE_HOST), ("exit", _TABLE_EXIT)):
-            if found := form.search(text):
-                self._table.setdefault(name, found[1])
-                if name == "exit":
-                    self._table |= {"line": str(number), "text": quote(text)}
-
-    def _close_table(self) -> None:
-        table, self._table = self._table, None
-        if table and "rank" in table:
-            code = int(table["exit"]) if "exit" in table else None
-            self.facts.tables.append((int(table["rank"]), code, table.get("host"), int(table.get("line", 0)),
-                                      table.get("text", ""), self.facts.attempts))  # fmt: skip
 
 
 def _calm(text: str) -> bool:
@@ -391,9 +310,3 @@ def _candidates(may: frozenset[str]) -> tuple[tuple[str, Signature], ...]:
     """The signatures that a line may hold, in the order in which they are tried."""
     named = ((f"signature:{index}", one) for index, one in enumerate(signatures()))
     return tuple((name, one) for name, one in named if name in may)
-
-
-def quote(text: str, at: int = 0) -> str:
-    """The part of a line that a person should read, from its start or, in a long one, from shortly before `at`."""
-    start = max(0, at - QUOTE_CHARS // 4) if at > QUOTE_CHARS - 100 else 0
-    return scrub(text[start : start + QUOTE_CHARS]).strip()

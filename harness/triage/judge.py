@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from harness.schema import ClaimStatus, Culprit, Evidence, LogVerdict, NextStep, Role, TimelineEvent
 from harness.triage import advice, blame, disagree, recorder
 from harness.triage.blame import NOBODY, Blame
-from harness.triage.gather import Event, Facts, quote
+from harness.triage.facts import Event, Facts, quote
 from harness.triage.numbers import with_steps
 from harness.triage.signature import kinds
 from harness.triage.survival import survived
@@ -24,7 +24,10 @@ MAX_EVIDENCE = 8
 MAX_TIMELINE = 24
 CHAINED_LINES = 150
 """An exception that no signature knows, this close before one that is known, belongs to it."""
-_HARD_CRASH = re.compile(r"egmentation fault|SIGSEGV|signal 11\b|(?<![\w.:-])(?:-11|139)\b|error: (?:Bus|Illegal)")
+_HARD_CRASH = re.compile(
+    r"egmentation fault|egfault enc|SIGSEGV|signal 11\b|(?<![\w.:-])(?:-11|139)\b|exitcode\W+-[478]\b"
+    r"|error: (?:Bus|Illegal)"
+)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from harness.triage.gather import Event, Facts
+from harness.triage.facts import Event, Facts
 from harness.triage.signature import kinds
 from harness.triage.vocabulary import WEAK_END
 

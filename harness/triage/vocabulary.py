@@ -27,7 +27,9 @@ SOURCE = re.compile(
 EXCEPTION = re.compile(
     r"(?:^|[\s\]:*(>])(?P<type>(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}?(?:Error|Exception|Interrupt|Exit"
     r"|Failure|Failed|Timeout)"
-    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?)\.[A-Z]\w{0,60}|(?:(?<!.)|(?<=[\]):] ))Exception(?=: ))"
+    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:exceptions?|errors?|exc)\.[A-Z]\w{0,60}|(?:(?<!.)|(?<=[\]):] ))Exception(?=: )"
+    r"|(?:[a-z_]\w{0,60}\.){1,8}(?:BadZipFile|TimeoutExpired|BrokenProcessPool|OutOfResources|\w{0,40}NotFound"
+    r"|\w{0,40}(?:Unavailable|Unsupported|Mismatch|Denied|Exceeded))(?=: ))"
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
 CRASH = re.compile(
@@ -59,6 +61,12 @@ MARK = re.compile(
     r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
+SETUP_BAR = re.compile(
+    r"(?:Loading|Fetching|Download|Map\b|Filter|Tokeniz|Generating \w+ split|[Cc]aptur|Convert|Packing"
+    r"|Extracting|Applying|Saving|Writing|Upload|Resolving|Running tokenizer|Adding EOS|Truncating|Pre-?processing|Creating|Unpacking)"
+    r"[^|\n]{0,100}: {1,4}\d{1,3}%\|?"
+)
+"""A bar of what comes before the first step, which is no progress of the run."""
 TOTAL = re.compile(r"(?<!\[ t )(?<!, p )(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
     r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|\"kind\":\"end\""
@@ -114,6 +122,8 @@ SHUTDOWN = "[shutdown] "
 PATTERNS = (
     r"\[shutdown\] ", " done", "xiting program", "xiting with", "lobal rank", "process rank",
     "Logging error ---", '"kind":"end"',
+    "BadZipFile", "Expired: ", "OutOfResources", "NotFound: ", "Unavailable: ", "Unsupported: ", "Mismatch: ",
+    "Denied: ", "Exceeded: ", r"\.exc\.",
     r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
     "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault", "egfault",
@@ -158,7 +168,8 @@ class Who:
 _RANK = re.compile(
     r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]"
     r"|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
-    r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]|^\s{0,4}(?P<f>\d{1,5}): (?=\S)"
+    r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]"
+    r"|^\s{0,4}(?P<f>\d{1,5}):(?=\s{1,12}\S)"
     r"|\[\d{1,4},(?:mpirank:)?(?P<g>\d{1,6})(?:,[\w-]{1,40})?\]<std"
     r"|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
     r"|\"rank\": ?(?P<j>\d{1,6})\b"

@@ -21,7 +21,7 @@ CUT_FRAME = re.compile(r"\.pyx?:\d{1,6} in\W*$")
 SOURCE = re.compile(
     r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b"
     r"|\braise (?:[A-Za-z_][\w.]{0,80}\(|[A-Z]\w{0,80}$)"
-    r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#|│ *(?:❱ *)?\d{1,6} │|^-{2,}> ?\d{1,6} "
+    r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#(?!\[?error)(?!#\[)|│ *(?:❱ *)?\d{1,6} │|^-{2,}> ?\d{1,6} "
 )
 """A line of source that a traceback quotes, which names errors without being one."""
 EXCEPTION = re.compile(
@@ -63,7 +63,8 @@ MARK = re.compile(
 )
 SETUP_BAR = re.compile(
     r"(?:Loading|Fetching|Download|Map\b|Filter|Tokeniz|Generating \w+ split|[Cc]aptur|Convert|Packing"
-    r"|Extracting|Applying|Saving|Writing|Upload|Resolving|Running tokenizer|Adding EOS|Truncating|Pre-?processing|Creating|Unpacking)"
+    r"|Extracting|Applying|Saving|Writing|Upload|Resolving|Running tokenizer|Adding EOS|Truncating"
+    r"|Pre-?processing|Creating|Unpacking)"
     r"[^|\n]{0,100}: {1,4}\d{1,3}%\|?"
 )
 """A bar of what comes before the first step, which is no progress of the run."""

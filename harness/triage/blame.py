@@ -15,6 +15,7 @@ from harness.triage.vocabulary import MARK
 CLEARLY_FIRST_S = 1.0
 """By how much a rank must be ahead of the others before it, and not all, counts as the first."""
 MAX_WORLD = 4096
+MOST_OF_A_JOB = 3
 _SPEAKER = re.compile(r"^(?:\W{0,4}\[(?:rank|default|Rank )#\]:?\s*|RANK #: ?)*")
 _PEER = re.compile(r"(?:remote peer|peer) \[?(?P<host>[\w.:-]{1,200}?)\]?(?:<|:\d|\s|$)")
 
@@ -165,11 +166,16 @@ def for_timeout(events: Sequence[Event], files: Sequence[Facts]) -> Blame:
         if len(behind) == 1 and len(completed) > 2:
             return Blame(Culprit(rank=behind[0]), "supported")
     waiting = {one.who.rank for one in events if one.who.rank is not None and one.failure_class == "coll_timeout"}
-    absent = everyone(files) - waiting
+    absent = (everyone(files) | _up_to(waiting)) - waiting
     if len(waiting) >= 1 and len(absent) == 1:
         return Blame(Culprit(rank=absent.pop()), "supported")
     rank = silent(files)
     return Blame(Culprit(rank=rank), "supported") if rank is not None else NOBODY
+
+
+def _up_to(waiting: set[int]) -> set[int]:
+    """All ranks from 0 to the highest that waited, where enough did so to know that these are most of the job."""
+    return set(range(max(waiting) + 1)) if len(waiting) >= MOST_OF_A_JOB and max(waiting) <= MAX_WORLD else set()
 
 
 def stopped_early(files: Sequence[Facts]) -> list[int]:

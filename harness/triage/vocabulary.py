@@ -59,7 +59,7 @@ END = re.compile(
 MARK = re.compile(
     r"(?:[Ss]tep(?!Id)(?<![-_]step(?=s))|STEP|iteration|Iteration|iter|Iter|(?<![-_])epoch|Epoch"
     r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
-    r"|(?P<bar>\d{1,9})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
+    r"|(?<!\d)(?P<bar>[1-9]\d{0,8})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
 SETUP_BAR = re.compile(
     r"(?:Loading|Fetching|Download|Map\b|Filter|Tokeniz|Generating \w+ split|[Cc]aptur|Convert|Packing"
@@ -70,7 +70,7 @@ SETUP_BAR = re.compile(
 """A bar of what comes before the first step, which is no progress of the run."""
 TOTAL = re.compile(r"(?<!\[ t )(?<!, p )(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
-    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|\"kind\":\"end\""
+    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|done training in |\"kind\":\"end\""
     r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
     r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All"
     r"|all (?:ranks|tests|workers)) "

@@ -19,7 +19,7 @@ CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\
 CUT_FRAME = re.compile(r"\.pyx?:\d{1,6} in\W*$")
 """A frame of rich's whose function stands in the next line."""
 SOURCE = re.compile(
-    r"^\W{0,8}(?:raise|assert|return|except|if|logger\.\w+|warnings\.warn)\b"
+    r"^\W{0,8}(?:raise|assert|return(?! ?code)|except|if|logger\.\w+|warnings\.warn)\b"
     r"|\braise (?:[A-Za-z_][\w.]{0,80}\(|[A-Z]\w{0,80}$)"
     r"|^\s{0,40}f?\"[^\"]{0,300}\"\)?,?$|^\W{0,6}#(?!\[?error)(?!#\[)|│ *(?:❱ *)?\d{1,6} │|^-{2,}> ?\d{1,6} "
 )

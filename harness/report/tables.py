@@ -96,7 +96,8 @@ def mfu(train: TrainSummary) -> Cell:
     if found is None or found.mfu is None:
         return missing(found.why_not if found and found.why_not else "not measured")
     peak = f"of {found.gpu}'s {digits((found.peak_flops_per_s or 0) / 1e12)} TFLOP/s (dense bf16, data sheet)"
-    return percent(found.mfu)._replace(why=f"{peak}, {digits(found.model_flops_per_token / 1e9)} GFLOP a token")
+    work = f"{digits(found.model_flops_per_token / 1e9)} GFLOP a token in samples of {found.mean_tokens:,}"
+    return percent(found.mfu)._replace(why=f"{peak}, {work}")
 
 
 def _output_rate(serve: ServeSummary) -> Cell:

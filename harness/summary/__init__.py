@@ -133,7 +133,6 @@ def _train(case: TrainCase, attempt: Attempt, seen: TrainObservation) -> TrainSu
         tokens_per_s_per_device=_ratio(real, case.devices),
         throughput_n=throughput_n,
         padded_tokens_per_s=padded,
-        padded_tokens_per_s_per_device=_ratio(padded, case.devices),
         before_collective_s=before,
         before_collective_n=before_n,
         slowest_rank=max(before, key=lambda rank: before[rank]) if len(before) > 1 else None,
@@ -161,9 +160,8 @@ def _train(case: TrainCase, attempt: Attempt, seen: TrainObservation) -> TrainSu
 
 
 _SPEED = ("step_time_s", "tokens_per_s", "tokens_per_s_per_device", "throughput_n", "padded_tokens_per_s",
-          "padded_tokens_per_s_per_device", "before_collective_s", "before_collective_n", "slowest_rank",
-          "slowest_rank_ratio", "data_wait_share", "data_wait_n", "first_step_s", "time_to_first_step_s", "merge_s",
-          "utilisation")  # fmt: skip
+          "before_collective_s", "before_collective_n", "slowest_rank", "slowest_rank_ratio", "data_wait_share",
+          "data_wait_n", "first_step_s", "time_to_first_step_s", "merge_s", "utilisation")  # fmt: skip
 
 
 def _without_speed(found: TrainSummary, cap_gib: float) -> TrainSummary:

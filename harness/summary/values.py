@@ -58,7 +58,6 @@ class TrainSummary(Frozen):
     throughput_n: int = 0
     """Steps whose time and tokens every rank stated."""
     padded_tokens_per_s: float | None = None
-    padded_tokens_per_s_per_device: float | None = None
     before_collective_s: dict[int, float] = Field(default_factory=dict)
     """Each rank's median time from a step's start to its first collective."""
     before_collective_n: int = 0

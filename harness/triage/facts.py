@@ -76,7 +76,6 @@ class Facts:
     telling: deque[tuple[int, str]] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
     total: tuple[int, int] | None = None
     attempts: int = 1
-    last_line: int = 0
 
 
 def quote(text: str, at: int = 0) -> str:

@@ -85,7 +85,6 @@ class Gatherer:
 
     def _piece(self, number: int, text: str) -> None:
         facts = self.facts
-        facts.last_line = number
         self._may = self._relevance.of(text)
         self._stopping = self._stopping or words.SHUTDOWN in text
         speaker = words.who(text, self._rank, self._host)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -138,10 +137,3 @@ def _complaint(path: Path, content: Any, error: ValidationError) -> HarnessError
         return HarnessError(f"{path}: the key {key!r} is missing", "see the examples beside the slurm backend")
     said = str(first["msg"]).removeprefix("Value error, ").removeprefix(f"{key}: ")
     return HarnessError(f"{path}:{line}: {key}: {said}", "the commented examples show each key")
-
-
-def as_yaml(site: Site) -> str:
-    """The site as a file that `load` reads: what differs from the defaults."""
-    text = io.StringIO()
-    YAML().dump(json.loads(site.model_dump_json(exclude_defaults=True)), text)
-    return text.getvalue()

@@ -244,7 +244,8 @@ class Gatherer:
         if nccl := self._asked("nccl_rank", words.NCCL_RANK, text):
             facts.world = max(facts.world or 0, int(nccl["world"]))
             facts.nccl_ranks.setdefault(speaker.key, int(nccl["rank"]))
-        if self._asked("good_end", words.GOOD_END, text) or self._asked("good_end", words.WEAK_END, text):
+        told = self._asked("good_end", words.GOOD_END, text) or self._asked("good_end", words.WEAK_END, text)
+        if told and not words.NEGATED.search(text):
             facts.good_ends.append((number, text, facts.attempts))
             del facts.good_ends[:-8]
         if self._asked("serving", words.SERVING, text):

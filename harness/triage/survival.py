@@ -9,6 +9,12 @@ from harness.triage.facts import Event, Facts
 from harness.triage.signature import kinds
 from harness.triage.vocabulary import WEAK_END
 
+_OF_THE_PROGRAM = re.compile(
+    r"train_runtime|Do not forget|done training in|\"kind\":\"end\"|Trainer\.fit|code=0|bus bandwidth"
+    r"|Out of bounds values|successfully finished|exiting program|Successful requests|Benchmark Result|agent_finish|SUCCESS|Received 0 from"
+    r"|exits successfully|End time of|(?:exit|return)(?:ed)?[^\n]{0,12} ?(?:code|status):? ?0\b"
+)
+"""Good ends that only the program itself or its launcher says; any other sentence a script may say after a failure."""
 _UP = re.compile(r"startup complete|fired up")
 _NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
 _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
@@ -18,6 +24,8 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     """Whether the run went on and ended well, or the server went on answering, after this."""
     ended = any(line > event.line and attempt == facts.attempts and not WEAK_END.search(text)
                 for line, text, attempt in facts.good_ends)  # fmt: skip
+    by_itself = any(line > event.line and attempt == facts.attempts and _OF_THE_PROGRAM.search(text)
+                    for line, text, attempt in facts.good_ends)  # fmt: skip
     own = facts.marks.get(event.who.rank) if event.who.rank is not None else None
     on = own.line > event.line if own else any(mark.line > event.line for mark in facts.marks.values())
     if event.failure_class == "nan_loss":
@@ -27,7 +35,7 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     if any(rank == event.who.rank and code not in (None, 0, -15) for rank, code, *_ in facts.tables):
         return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
-    return ended or on or answered
+    return by_itself or on or answered
 
 
 def _only_mentioned(facts: Facts, event: Event) -> bool:

@@ -58,7 +58,7 @@ END = re.compile(
 )
 MARK = re.compile(
     r"(?:[Ss]tep(?!Id)(?<![-_]step(?=s))|STEP|iteration|Iteration|iter|Iter|(?<![-_])epoch|Epoch"
-    r"|global_step)\w{0,12}[\s:=#\[]{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
+    r"|global_step)\w{0,12}(?![\"']: ?\d{1,9}\.)[\s:=#\[\"']{1,12}(?P<step>\d{1,9})\b(?!\.\d{1,6} ON )"
     r"|(?<!\d)(?P<bar>[1-9]\d{0,8})/(?P<of>\d{1,9}) \[[^\]\n]{3,60}(?:it/s|s/it)"
 )
 SETUP_BAR = re.compile(
@@ -70,8 +70,8 @@ SETUP_BAR = re.compile(
 """A bar of what comes before the first step, which is no progress of the run."""
 TOTAL = re.compile(r"(?<!\[ t )(?<!, p )(?P<step>\d{1,9}) ?/ {0,10}(?P<of>\d{1,9})")
 GOOD_END = re.compile(
-    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|done training in |\"kind\":\"end\""
-    r"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
+    r"'train_runtime'|train_runtime\s*=|\"train_runtime\"|Training completed\. Do not forget|done training in "
+    r"|\"kind\":\"end\"|`Trainer\.fit` stopped: `max_(?:epochs|steps)"
     r"|(?:[Tt]raining|TRAINING|[Ff]ine-?tuning|[Rr]un|[Jj]ob|[Tt]est|[Bb]enchmark|[Ee]valuation|All"
     r"|all (?:ranks|tests|workers)) "
     r"(?:is |has |was |run |job |ranks |tests )?(?:complete|[Cc]ompleted|COMPLETED?|finished|done|succeeded"
@@ -86,6 +86,11 @@ GOOD_END = re.compile(
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
+NEGATED = re.compile(
+    r"(?:\bnot|n.t|\bnever|\bcannot|\bbefore|\bif) (?:\w{1,20} ){0,3}(?:complet|finish|success|succeed|run"
+    r"|passed|done|saved)"
+)
+"""What turns a good end into its opposite."""
 WEAK_END = re.compile(
     r"wandb: (?:\S{1,4} )?(?:View run |Synced |You can sync this run)|^(?:All )?[Dd]one ?[.!]{0,3}$"
     r"|^=+ (?:\d+ (?:skipped|deselected|xfailed|warnings?), )*\d+ passed\b(?![^=\n]*(?:failed|error))"

@@ -11,13 +11,27 @@ from harness.triage.vocabulary import WEAK_END
 
 _OF_THE_PROGRAM = re.compile(
     r"train_runtime|Do not forget|done training in|\"kind\":\"end\"|Trainer\.fit|code=0|bus bandwidth"
-    r"|Out of bounds values|successfully finished|exiting program|Successful requests|Benchmark Result|agent_finish|SUCCESS|Received 0 from"
+    r"|Out of bounds values|successfully finished|exiting program|Successful requests"
+    r"|Benchmark Result|agent_finish|SUCCESS|Received 0 from"
     r"|exits successfully|End time of|(?:exit|return)(?:ed)?[^\n]{0,12} ?(?:code|status):? ?0\b"
 )
 """Good ends that only the program itself or its launcher says; any other sentence a script may say after a failure."""
 _UP = re.compile(r"startup complete|fired up")
 _NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
 _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
+
+
+_GRAVE = re.compile(
+    r"\b(?:ERROR|FATAL|CRITICAL)\b|[Ff]atal\b|panicked at|Check fail|CHECK fail|\" 5\d\d |\b[EF]\d{4} \d\d:\d\d:"
+)
+"""What a line in earnest says of itself, whatever its words are."""
+
+
+def troubled_after(facts: Facts) -> bool:
+    """Whether the log ends with complaints that no signature knows, after the last step and the last good answer."""
+    steps = [mark.line for mark in facts.marks.values()]
+    last = max([*steps, *(line for line, _, _ in facts.serving)], default=0)
+    return any(line > last and _GRAVE.search(text) for line, text in facts.telling)
 
 
 def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:

@@ -164,6 +164,7 @@ def test_links_lead_from_the_page_to_the_run_and_never_out_of_it(named: dict[str
     link = page.linker(run_of([record], run), out)
     for path in (f"cases/{record.case_id}/record.json", f"{job.dir}/stderr.log"):
         assert (out / unquote(link(path))).resolve() == (run / path).resolve()
+    assert page.linker(run_of([record], tmp_path), out)(f"{job.dir}/stderr.log") == "", "records without their logs"
     assert link("../../etc/passwd") == ""
     assert link("/etc/passwd") == ""
 
@@ -438,7 +439,7 @@ def test_what_fits_which_card_is_what_ran_and_what_ran_out(named: dict[str, Reco
             [("4,096 fits", "#case-0"), ("9,000 does not", "#case-3"), ("5,000 failed otherwise", "#case-6")]]},
         {"name": f"{setup}, batch 2", "cells": [[("2,048 does not", "#case-7")], []]},
     ]  # fmt: skip
-    assert headline.cards(rows[:2])["rows"] == [], "one card, and nothing ran out: no table"
+    assert headline.cards(rows[:2])["rows"] == [], "one card used whole, and nothing ran out: no table"
 
 
 def test_a_server_is_drawn_by_what_it_gives_at_which_latency(named: dict[str, Record]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import climbed
 from fakes import records as fakes
-from fakes.hostile import NASTY, hostile
+from fakes.hostile import NASTY, hostile, with_last
 
 from harness import report
 from harness.schema import Record, TrainCase, case_id
@@ -178,6 +178,17 @@ def test_a_failed_case_shows_diagnosis_evidence_and_log(show: Open, named: dict[
     assert inside.get_by_role("link", name="record", exact=True).get_attribute("href") == (
         f"cases/{record.case_id}/record.json"
     )
+
+
+def test_a_long_log_shows_its_end_first(show: Open, named: dict[str, Record]) -> None:
+    log = "\n".join(f"line {number}" for number in range(400))
+    opened = show([with_last(named["failed_oom"], log_tail=log)], anchor="#case-0")
+    text = opened.page.locator(".inside pre")
+    text.wait_for()
+    opened.page.wait_for_function(
+        "(() => { const p = document.querySelector('.inside pre'); return p.scrollTop > 0 })()"
+    )
+    assert text.evaluate("node => node.scrollHeight - node.scrollTop - node.clientHeight") < 2
 
 
 @pytest.mark.parametrize("width", [1280, 400])

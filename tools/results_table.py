@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import catalog
-from harness.report.cards import Card, Fit, what_fits
+from harness.report.cards import Card, Fit, tells_of_size, what_fits
 from harness.report.entry import NOISY
 from harness.report.setups import gpu_name, options, place
 from harness.report.words import TIMES
@@ -163,7 +163,7 @@ def fits(found: Sequence[Measured]) -> list[str]:
     trained = sorted((one for one in found if isinstance(one.record.case, TrainCase)),
                      key=lambda one: (_order(one.record), _train_row(one)[:3]))  # fmt: skip
     known = what_fits((one, one.record) for one in trained)
-    told = {name: of for name, of in known.items() if any(card.capped or fit.fails for card, fit in of.items())}
+    told = {name: of for name, of in known.items() if tells_of_size(of)}
     cards = sorted({card for of in told.values() for card in of})
     rows = [[name, *(_fit_cell(of.get(card)) for card in cards)] for name, of in told.items()]
     about = ("The longest sample that trained, in tokens; after “not” the shortest above it that ran out of memory. "

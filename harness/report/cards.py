@@ -5,7 +5,7 @@ Only what ran is said to fit. A capped case speaks for a card of that size, any 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from harness.frontier import OUT_OF_MEMORY
@@ -58,6 +58,11 @@ def what_fits(records: Iterable[tuple[Mark, Record]]) -> dict[str, dict[Card, Fi
             of_setup = found.setdefault(training_setup(record.case), {})
             of_setup.setdefault(size, []).append((record.case.seq_len, _state(record), mark))
     return {name: {size: _fit(points) for size, points in of.items()} for name, of in found.items()}
+
+
+def tells_of_size(of: Mapping[Card, Fit[Mark]]) -> bool:
+    """Whether a set-up was tried under a cap, or ran out of memory anywhere."""
+    return any(card.capped or fit.fails for card, fit in of.items())
 
 
 def _state(record: Record) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from harness.frontier import is_answer
 from harness.report import probes
-from harness.report.cards import Fit, what_fits
+from harness.report.cards import Fit, tells_of_size, what_fits
 from harness.report.chain import answer, conclusion
 from harness.report.compare import NEWLY_FAILED, Compared, without_repeat
 from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, verdict
@@ -294,12 +294,10 @@ def searches(rows: Sequence[Entry]) -> list[dict[str, object]]:
 
 
 def cards(rows: Sequence[Entry]) -> dict[str, object]:
-    """What fits which card, a row per set-up; empty where all ran on one GPU used whole and nothing ran out."""
-    found = what_fits((index, row.record) for index, row in enumerate(rows))
+    """What fits which card, a row per set-up of several cards or a want of memory; the others say nothing of size."""
+    known = what_fits((index, row.record) for index, row in enumerate(rows))
+    found = {name: of for name, of in known.items() if len(of) > 1 or tells_of_size(of)}
     sizes = sorted({card for of in found.values() for card in of})
-    ran_out = any(fit.fails for of in found.values() for fit in of.values())
-    if len(sizes) < 2 and not ran_out:
-        return {"head": [], "rows": []}
     body = [{"name": name, "cells": [_fit_words(of.get(size)) for size in sizes]} for name, of in found.items()]
     return {"head": [f"as {size.name}" if size.capped else size.name for size in sizes], "rows": body}
 

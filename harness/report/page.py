@@ -126,12 +126,17 @@ def compact(value: Any) -> str:
 
 
 def linker(run: ReportRun, folder: Path) -> parts.Link:
-    """Addresses of files of a run, relative to the page in `folder`; none for a path that leaves the run directory."""
+    """Addresses of files of a run, relative to the page in `folder`.
+
+    None for a path that leaves the run directory, nor for logs where records were kept without the jobs' folders.
+    """
     base = os.path.relpath(Path(run.source).resolve(), folder.resolve())
+    has_logs = (Path(run.source) / "jobs").is_dir()
 
     def link(path: str) -> str:
         clean = os.path.normpath(path)
-        if os.path.isabs(clean) or clean.split(os.sep)[0] == "..":
+        top = clean.split(os.sep)[0]
+        if os.path.isabs(clean) or top == ".." or (top == "jobs" and not has_logs):
             return ""
         return quote(os.path.normpath(os.path.join(base, clean)), errors="replace")
 

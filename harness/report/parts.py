@@ -29,6 +29,8 @@ class Section:
     note: str = ""
     open: bool = False
     """Shown at once, not on a click."""
+    from_end: bool = False
+    """A text whose end is read first."""
 
 
 def no_link(path: str) -> str:
@@ -87,7 +89,8 @@ def as_json(section: Section) -> dict[str, Any]:
         found["f"] = [[name, *_short(cell)] for name, cell in section.facts]
     if section.rows:
         found["h"], found["r"] = section.head, [[_short(cell) for cell in row] for row in section.rows]
-    rest = {"x": section.text, "p": section.figure, "n": section.note, "o": section.open}
+    rest = {"x": section.text, "p": section.figure, "n": section.note, "o": section.open,
+            "e": section.from_end}  # fmt: skip
     return found | {key: value for key, value in rest.items() if value}
 
 

@@ -81,7 +81,9 @@ def _failure(entry: Entry, attempt: Attempt, link: Link) -> list[Section | None]
     quotes = [
         (word(quote.role), word(quote.text), _where(quote.file, quote.line, link)) for quote in diagnosis.evidence
     ]
-    tail = Section("End of the log", text=clean_end(attempt.log_tail), open=True) if attempt.log_tail else None
+    tail = None
+    if attempt.log_tail:
+        tail = Section("End of the log", text=clean_end(attempt.log_tail), open=True, from_end=True)
     return [facts_section("Diagnosis", facts, open=True),
             table_section("Evidence", ("role", "says", "file:line"), quotes, open=True),
             timeline_section(attempt, link), *ladder_sections(entry.record, entry.chain, link), tail]  # fmt: skip

@@ -230,7 +230,7 @@ def plan(loaded: Plan, only: str | None = None) -> list[RenderableType]:
 def _beyond(loaded: Plan, cases: set[str]) -> list[Text]:
     """What searches leave of the cases, and how many may climb a ladder."""
     sizes = [len(cases & set(search.case_ids)) for search in loaded.frontiers]
-    runs = sum(size.bit_length() for size in sizes)  # halving finds one of size + 1 answers
+    runs = sum(map(frontier.most_runs, sizes))
     lines = []
     if runs:
         lines.append(

@@ -112,7 +112,11 @@
       if (body.childNodes.length) return;
       if (part.f) body.append(facts(part.f));
       if (part.r) body.append(grid(part.h, part.r));
-      if (part.x) body.append(make("pre", { tabindex: "0" }, part.x));
+      if (part.x) {
+        const text = make("pre", { tabindex: "0" }, part.x);
+        body.append(text);
+        if (part.e) requestAnimationFrame(() => { text.scrollTop = text.scrollHeight; });
+      }
       if (part.p) {
         const node = make("div", { class: "plot", role: "img", "aria-label": part.t });
         body.append(node);

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from harness.containers import build, bundle, engine, imagelock, requirements, verify
+from harness.containers import build, bundle, context, engine, imagelock, requirements, verify, wheelhouse
 from harness.containers.build import CHECKOUT, Request
 from harness.errors import HarnessError
+
+if TYPE_CHECKING:
+    from docker import DockerClient
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900)]
 
@@ -55,6 +59,48 @@ def test_no_container_of_ours_is_left(cpu_images: dict[str, Any]) -> None:
         assert client.containers.list(all=True, filters={"label": engine.LABEL}) == []
     finally:
         client.close()
+
+
+PARTS = ("filelock", "packaging")
+
+
+def cut(lock: Path, names: tuple[str, ...]) -> None:
+    """Leave only some packages in a lock."""
+    entries = re.split(r"(?m)^(?=[a-z0-9])", lock.read_text())
+    lock.write_text("".join(entry for entry in entries if entry.split("==")[0] in names))
+
+
+def bases(client: DockerClient) -> dict[str, str]:
+    """The two bases by tag: BuildKit finds no local image by its id."""
+    wanted = build.base_of(CHECKOUT)
+    found = {"BASE": wanted.digest, "BUILD_BASE": wanted.build_digest}
+    return {name: client.images.get(str(digest)).tags[0] for name, digest in found.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_buildkit_builds_the_containerfiles_too(cpu_images: dict[str, Any], name: Any, tmp_path: Path) -> None:
+    """With two small packages for the hundreds of the real lock: every step runs, by the Engine's other builder."""
+    shutil.copytree(CHECKOUT / "images", tmp_path / "images")
+    cut(tmp_path / f"images/{name}/cpu.txt", PARTS)
+    found = context.sources(tmp_path / "images", name, "cpu")
+    houses = tuple(
+        wheelhouse.gather(Path(lock), CHECKOUT / ".wheels", print) for lock in (found.lock, *found.build_locks)
+    )
+    client = engine.connect(timeout_s=300)
+    try:
+        asked = {"version": "2", "dockerfile": "Containerfile", "networkmode": "none",
+                 "buildargs": json.dumps({**bases(client), "VARIANT": "cpu", "REVISION": "r"})}  # fmt: skip
+        with context.stream(found, houses, 0) as tar:
+            answer = client.api._post(client.api._url("/build"), data=tar, params=asked, stream=True)
+            lines = list(client.api._stream_helper(answer, decode=True))
+        (made,) = [line["aux"]["ID"] for line in lines if line.get("id") == "moby.image.id"]
+        seen = engine.run_offline(client, made, ["python", "-c", f"import os, {', '.join(PARTS)}; print(os.getuid())"])
+        labels = client.images.get(made).labels
+        client.images.remove(made)
+    finally:
+        client.close()
+    assert seen.output.strip() == "10001"
+    assert (labels["harness.environment"], labels["org.opencontainers.image.revision"]) == (name, "r")
 
 
 def test_one_hash_changed_in_a_real_lock_makes_build_refuse_with_the_name(

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import frontier, host, launch, schema, session, store, triage
 from harness.matrix.rules import obstacle
-from harness.schema import AnyCase, ChainCase, Frontier, LadderEnd, Plan, ProbeCase, Record, case_id
+from harness.schema import AnyCase, ChainCase, Frontier, LadderEnd, Plan, ProbeCase, Record, TrainCase, case_id
 from harness.session import NOT_OF_THE_CASE, Options, Session, Work
 
 MAX_CHAIN = 1000
@@ -146,7 +146,7 @@ def _climbed(session_: Session, record: Record) -> AnyCase | None:
     if not asked or chain[0].status != "failed" or not (_counts(record) or _crowded(record)):
         return None
     tried = [_tried(one) for one in chain]
-    means = _means(session_, record.case)
+    means = _means(session_, record)
     answer = triage.next_rung(tried, asked, means, lambda case: _obstacle(session_, case))
     if isinstance(answer, triage.Next):
         answer = _elsewhere(session_, record, answer) or answer
@@ -174,13 +174,19 @@ def _tried(record: Record) -> triage.Tried:
     return triage.Tried(record.case, record.rung, last.diagnosis if last else None, seconds)
 
 
-def _means(session_: Session, case: AnyCase) -> triage.Means:
-    """What there is for a case of that kind; of a backend with devices of its own, what the case has already."""
-    if case.device == "cpu" or session_.backend.at_once is not None:
-        return triage.Means(devices=case.devices, interfaces=_interfaces(session_))
-    sizes = [gpu.total_bytes for gpu in session_.provenance.gpus]
+def _means(session_: Session, record: Record) -> triage.Means:
+    """What there is for a case after `record`; of a backend with devices of its own, as many as the case has."""
+    case, where = record.case, record.provenance or session_.provenance
+    size = min((gpu.total_bytes for gpu in where.gpus), default=None)
+    train = case.train if isinstance(case, ChainCase) else case
+    as_it_has = case.device == "cpu" or session_.backend.at_once is not None
     return triage.Means(
-        devices=len(session_.slots) - 1, device_bytes=min(sizes, default=None), interfaces=_interfaces(session_)
+        devices=case.devices if as_it_has else len(session_.slots) - 1,
+        device_bytes=size,
+        interfaces=_interfaces(session_),
+        held=triage.held(train, record.last.observation, size)
+        if record.last and isinstance(train, TrainCase)
+        else None,
     )
 
 

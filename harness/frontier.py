@@ -100,9 +100,8 @@ class Search:
 
     @property
     def most_runs(self) -> int:
-        """How many runs a search of so many points may take: as many as halving, or one more within a third of them."""
-        halving = (len(self.points)).bit_length()
-        return halving + (3 * (halving + 1) <= len(self.points))
+        """How many runs it may take in all."""
+        return most_runs(len(self.points))
 
     def _chosen(self) -> int:
         """The place in the gap to measure: where the peaks point, as near as `most_runs` allows, else the middle."""
@@ -175,6 +174,12 @@ def room_bytes(record: Record) -> int | None:
         return allowed
     gpus = record.provenance.gpus if record.provenance else ()
     return min((gpu.total_bytes for gpu in gpus), default=None) if record.case.device == "cuda" else None
+
+
+def most_runs(points: int) -> int:
+    """How many runs a search of so many points may take: as many as halving, or one more within a third of them."""
+    halving = points.bit_length()  # finds one of `points` + 1 answers
+    return halving + (3 * (halving + 1) <= points)
 
 
 def _value(point: Point) -> int:

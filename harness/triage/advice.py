@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from harness.schema import Case, ProbeCase, ServeCase, TrainCase
+from harness.schema import Case, Observation, ProbeCase, ServeCase, TrainCase
+from harness.triage.held import GIB, held
 from harness.triage.missing import serving_of, training_of
 
+OF_THE_BATCH = frozenset({"seq_len", "half_seq_len", "micro_batch", "half_micro_batch", "grad_accum",
+                          "double_grad_accum", "checkpointing_off"})  # fmt: skip
+"""Names of values that a next step would change to make activations smaller."""
 
-def values(case: Case) -> dict[str, object]:
-    """What `{...}` in a summary or a next step may name; a value that has no further step down is not among them."""
+
+def values(case: Case, observation: Observation | None = None) -> dict[str, object]:
+    """What `{...}` in a summary or a next step may name; a value that has no further step down is not among them.
+
+    Nor are length and batch where what was observed says that none fits.
+    """
     train, serve = training_of(case), serving_of(case)
     if isinstance(case, ProbeCase):
         return {"devices": case.devices, "time_limit_s": f"{case.time_limit_s:g}",
@@ -19,6 +27,9 @@ def values(case: Case) -> dict[str, object]:
         found |= _serving(serve)
     if train:
         found |= _training(train)
+    if train and observation and (bound := held(train, observation)) and bound.too_much:
+        found = {name: value for name, value in found.items() if name not in OF_THE_BATCH}
+        found |= {"held_gib": f"{bound.held / GIB:.2f}", "room_gib": f"{bound.room / GIB:.2f}"}
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from harness import catalog
 from harness.schema import Diagnosis, ProbeCase, ServeCase, TrainCase
+from harness.triage.held import Held
 from harness.triage.numbers import FORMS
 
 LEAST_SEQ_LEN = 16
@@ -39,6 +40,8 @@ class Means:
     """Memory of the smallest GPU."""
     interfaces: tuple[str, ...] = ()
     """Network interfaces of the host that are up and reach others."""
+    held: Held | None = None
+    """What the case that the rung starts from holds on a GPU whatever its batch, where its payload proved it."""
     diagnosis: Diagnosis | None = None
     """Why the case failed that the rung starts from."""
     ran: Mapping[str, bool] = field(default_factory=dict)
@@ -60,6 +63,11 @@ def weight_bytes(case: TrainCase) -> float:
     return catalog.variant(case.variant).parameters * each / ways
 
 
+def _whatever_the_batch(means: Means) -> str | None:
+    """Why no length and no batch of the case fits, `None` where one may."""
+    return means.held.too_much if means.held else None
+
+
 def _too_large(case: TrainCase, means: Means) -> str | None:
     """Why the weights alone of `case` cannot fit on each device, `None` where they may."""
     room = case.memory_cap_gib * GIB if case.memory_cap_gib is not None else means.device_bytes
@@ -73,6 +81,8 @@ def _too_large(case: TrainCase, means: Means) -> str | None:
 
 def seq_len(case: TrainCase, means: Means) -> TrainCase | str:
     """Half the length."""
+    if never := _whatever_the_batch(means):
+        return never
     if case.seq_len < 2 * LEAST_SEQ_LEN:
         return f"seq_len {case.seq_len} is as short as it gets"
     return case.model_copy(update={"seq_len": case.seq_len // 2})
@@ -82,6 +92,8 @@ def micro_batch(case: TrainCase, means: Means) -> TrainCase | str:
     """At most half the micro batch, and so much more accumulation that the effective batch stays."""
     if case.micro_batch == 1:
         return "micro_batch is 1 already"
+    if never := _whatever_the_batch(means):
+        return never
     smaller = next(size for size in range(case.micro_batch // 2, 0, -1) if case.micro_batch % size == 0)
     more = case.grad_accum * case.micro_batch // smaller
     return case.model_copy(update={"micro_batch": smaller, "grad_accum": more})
@@ -151,7 +163,7 @@ def activation_checkpointing(case: TrainCase, means: Means) -> TrainCase | str:
     """Activations computed again."""
     if case.activation_checkpointing:
         return "activation checkpointing is on already"
-    return case.model_copy(update={"activation_checkpointing": True})
+    return _whatever_the_batch(means) or case.model_copy(update={"activation_checkpointing": True})
 
 
 # ---------------------------------------------------------------- serving

@@ -230,7 +230,7 @@ def _timed_out(facts: Facts) -> Diagnosis | None:
         return None
     done = max((max(rank.steps.step, default=0) for rank in facts.observation.ranks), default=0)
     next_step = advice.fill("Raise time_limit_s: {time_limit_s} -> {double_time_limit_s}, or ask for fewer steps.",
-                            advice.values(facts.case))  # fmt: skip
+                            advice.values(facts.case, facts.observation))  # fmt: skip
     return _plain(facts, "terminated_external", f"The time limit ended the job after {done} steps.",
                   next_step or "Raise time_limit_s.", "established", phase=_phase(facts))  # fmt: skip
 
@@ -316,7 +316,7 @@ def _plain(
 
 def _from_hit(facts: Facts, hit: Hit, same_role: Sequence[Hit]) -> Diagnosis:
     """A diagnosis that rests on one hit; the others stand beside it as evidence."""
-    known = advice.values(facts.case)
+    known = advice.values(facts.case, facts.observation)
     rank = _blamed(facts, hit, same_role)
     status: ClaimStatus = "established" if hit.structured else "supported"
     others = [other for other in (*facts.events, *facts.log) if other is not hit and other.structured != hit.structured]
@@ -387,4 +387,4 @@ def _evidence(facts: Facts, hits: Sequence[Hit]) -> tuple[Evidence, ...]:
 def _next_of(failure_class: str, facts: Facts) -> str:
     """The next step that the first signature of a class names."""
     found = next(one for one in signatures() if one.failure_class == failure_class)
-    return advice.first(found.next, advice.values(facts.case))
+    return advice.first(found.next, advice.values(facts.case, facts.observation))

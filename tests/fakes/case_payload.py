@@ -24,6 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "helper": False,  # starts a child in a session of its own, which outlives it
     "write_bytes": 0,  # into a file, at the first step
     "room": None,  # runs out of memory at the first step where micro_batch * seq_len tokens are more
+    "gpu": None,  # bytes: `stored` by dtype and class, `load`, `peak`, and `allowed`, beyond which memory runs out
     "slow_in_run": 0.0,  # seconds that a checkpoint takes where it is written into the job directory
     "oom": "CUDA out of memory. Tried to allocate 96.00 MiB.",  # what it says then
 }
@@ -35,15 +36,19 @@ def train(job: dict[str, Any], case: dict[str, Any]) -> None:
     logs = [EventLog(".", rank) for rank in ranks]
     for rank, log in enumerate(logs):
         log.write("start", rank=rank, world_size=len(ranks), pid=os.getpid(), libraries={"torch": "0.0"})
-    logs[0].write("proof", trainable_parameters=7, mismatches=[])
+    gpu = FAKE["gpu"]
+    logs[0].write("proof", trainable_parameters=7, mismatches=[], **(on_gpu(logs[0], gpu) if gpu else {}))
     for step in range(1, case["steps"] + 1):
         misbehave(step)
-        if FAKE["room"] is not None and case["micro_batch"] * case["seq_len"] > FAKE["room"]:
+        too_long = FAKE["room"] is not None and case["micro_batch"] * case["seq_len"] > FAKE["room"]
+        if too_long or (gpu and gpu["peak"] > gpu["allowed"]):
             logs[0].write("error", phase="train", type="OutOfMemoryError", message=FAKE["oom"], traceback="")
             sys.exit(1)
         for log in logs:
             log.write("step", step=step, start=time.time(), step_time_s=0.5, tokens=64, padded_tokens=64,
                       loss=2.0 / step, grad_norm=1.0)  # fmt: skip
+    if gpu:
+        logs[0].write("memory", phase="backward", peak_allocated_bytes=gpu["peak"])
     logs[0].write("eval", loss=1.0, duration_s=0.1)
     for log in logs:
         log.write("phase", name="save", state="begin")
@@ -59,6 +64,12 @@ def train(job: dict[str, Any], case: dict[str, Any]) -> None:
         logs[0].write("merge", duration_s=0.1, peak_rss_bytes=10, path="artifacts/merged")
     for log in logs:
         log.write("end", ok=True)
+
+
+def on_gpu(log: EventLog, gpu: dict[str, Any]) -> dict[str, Any]:
+    """What a capped payload proves of its GPU, once the model is there."""
+    log.write("memory", phase="load", peak_allocated_bytes=gpu["load"])
+    return {"bytes_by_dtype_and_class": gpu["stored"], "memory_cap": {"allowed_bytes": gpu["allowed"]}}
 
 
 def share(job: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def recorded() -> dict[str, tuple[float, dict[int, int]]]:
     return {name: of for name, of in sorted(found.items()) if len(of[1]) >= 3}
 
 
-def through(known: Mapping[int, float]) -> Peak:
+def through(known: Mapping[int, int]) -> Peak:
     """The line through neighbouring measured lengths, and on beyond the last of them."""
     lengths = sorted(known)
 

@@ -17,7 +17,7 @@ from harness.triage.blame import NOBODY, Blame
 from harness.triage.facts import Event, Facts, quote
 from harness.triage.numbers import with_steps
 from harness.triage.signature import kinds
-from harness.triage.survival import survived
+from harness.triage.survival import survived, troubled_after
 from harness.triage.vocabulary import clock
 
 MAX_EVIDENCE = 8
@@ -269,8 +269,9 @@ def _good(files: Files) -> LogVerdict | None:
     """A good end, where the log goes on no further; a server that answers, or a healthy report of the hardware."""
     every = [(facts, end) for facts in files.facts for end in facts.good_ends if end[2] == facts.attempts]
     ends = [(facts, end) for facts, end in every if _at_the_end(facts, end[0])]
-    serving = [(facts, end) for facts in files.facts for end in facts.serving if end[2] == facts.attempts]
-    done = [(facts, (mark.line, mark.text)) for facts in files.facts for mark in facts.marks.values()
+    calm = [facts for facts in files.facts if not troubled_after(facts)]
+    serving = [(facts, end) for facts in calm for end in facts.serving if end[2] == facts.attempts]
+    done = [(facts, (mark.line, mark.text)) for facts in calm for mark in facts.marks.values()
             if _all_steps(facts) and mark.attempt == facts.attempts]  # fmt: skip
     health = [(facts, said) for facts in files.facts for said in facts.health]
     found = ends or serving or done or health

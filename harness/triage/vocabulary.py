@@ -33,7 +33,7 @@ EXCEPTION = re.compile(
     r"(?P<rest>\*{0,2}:[^\n]*|\([^)\n]{0,200}\)[^\n]*|\s*$)"
 )
 CRASH = re.compile(
-    r"Segmentation fault|[Ss]egfault encountered|SIGSEGV|core dumped"
+    r"panicked at |C(?:heck|HECK) failed: |Segmentation fault|[Ss]egfault encountered|SIGSEGV|core dumped"
     r"|Fatal Python error|terminate called after throwing|Caught signal \d+"
     r"|exitcode\s*: -(?:6|11|7|8|4)\b|\b[Ee]xit [Cc]ode:? {1,12}(?:139|134|135|-11)\b|signal 11\b"
     r"|\bSIGABRT\b|Aborted \("
@@ -103,7 +103,7 @@ SERVING = re.compile(
     r"|text_generation_router\S{0,40}: \S{1,80}: (?:Connected|Success)\b"
     r"|Started (?:GRPCInferenceService|HTTPService) at"
 )
-HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Init COMPLETE|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
+HEALTHY = re.compile(r"\|\s+Pass\s+\||ECC Errors|Xid Errors\s*: None|all GPUs? (?:are )?healthy")
 CALM = re.compile(
     r"(?:^|[\s\[(|])(?:INFO|DEBUG|WARNING|WARN|NOTICE|info|warning)\b(?!\S*[Ee]rror)|\w*Warning: "
     r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
@@ -155,7 +155,7 @@ PATTERNS = (
     "max-model-len", "max_num_seqs", "max-num-seqs", "tensor_parallel", "tensor-parallel", "accumulation",
     "learning_rate",
     r"\[rank", r"\[default", "heartbeat", "elements", "numel", "Numel", "FAILED", "Failed", "WARN", "FATAL",
-    "fatal", "Xid",
+    "fatal", "ERROR", "CRITICAL", "panicked", "Check fail", "CHECK fail", "Xid",
 )  # fmt: skip
 """Literals of all the above (and of `numbers`), as patterns that `anchors` can read."""
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from harness.report.words import plural
-from harness.summary import spread
+from harness.summary import Spread, spread
 
 Figure = dict[str, Any]
 
@@ -87,15 +87,18 @@ def line_name(name: tuple[str, str]) -> str:
 def medians(points: dict[int, list[float]]) -> dict[str, Any]:
     """x, y and error bars of a line: equal points as their median, the bar from the smallest to the largest."""
     found = [(x, spread(values)) for x, values in sorted(points.items())]
-    middle = [of.p50 or 0.0 for _, of in found]
-    line: dict[str, Any] = {"x": [x for x, _ in found], "y": rounded(middle)}
+    line: dict[str, Any] = {"x": [x for x, _ in found], "y": rounded([of.p50 for _, of in found])}
     if any(of.n > 1 for _, of in found):
-        line["error_y"] = {
-            "type": "data", "symmetric": False, "thickness": 1.5,
-            "array": rounded([(of.max or 0.0) - m for (_, of), m in zip(found, middle, strict=True)]),
-            "arrayminus": rounded([m - (of.min or 0.0) for (_, of), m in zip(found, middle, strict=True)]),
-        }  # fmt: skip
+        line["error_y"] = whiskers([of for _, of in found])
     return line
+
+
+def whiskers(of: Sequence[Spread]) -> dict[str, Any]:
+    """Error bars from the smallest to the largest, about the median."""
+    ends = [(one.min or 0.0, one.p50 or 0.0, one.max or 0.0) for one in of]
+    return {"type": "data", "symmetric": False, "thickness": 1.5,
+            "array": rounded([most - middle for _, middle, most in ends]),
+            "arrayminus": rounded([middle - least for least, middle, _ in ends])}  # fmt: skip
 
 
 def length_axis(lengths: Sequence[int]) -> dict[str, Any]:

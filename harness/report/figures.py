@@ -28,6 +28,7 @@ from harness.report.drawing import (
     style,
     styles,
     thin,
+    whiskers,
 )
 from harness.report.entry import Entry, full_label, peak_row
 from harness.report.load_figures import bus_bandwidth, serving, trade_off
@@ -103,15 +104,15 @@ def _throughput_bars(found: Groups, length: int) -> Drawn:
     """A bar per group, where there is one sequence length only."""
     shown = list(found.items())[:MAX_CASES]
     points = [spread([value for row in rows if (value := _tokens_per_s(row)) is not None]) for _, rows in shown]
-    data = [{"type": "bar", "orientation": "h", "name": "tokens/s", "y": [line_name(name) for name, _ in shown],
-             "x": rounded([point.p50 for point in points]), "marker": {"color": OKABE_ITO[0]}, "width": 0.6,
-             "error_x": {"type": "data", "symmetric": False, "thickness": 1.5,
-                         "array": rounded([(p.max or 0.0) - (p.p50 or 0.0) for p in points]),
-                         "arrayminus": rounded([(p.p50 or 0.0) - (p.min or 0.0) for p in points])}}]  # fmt: skip
+    bars: dict[str, Any] = {"type": "bar", "orientation": "h", "name": "tokens/s", "width": 0.6,
+                            "y": [line_name(name) for name, _ in shown], "x": rounded([point.p50 for point in points]),
+                            "marker": {"color": OKABE_ITO[0]}}  # fmt: skip
+    if any(point.n > 1 for point in points):
+        bars["error_x"] = whiskers(points)
     title = f"tokens/s, all devices, samples of {length:,} tokens"
     layout = {"xaxis": axis(title, rangemode="tozero"), "yaxis": {"autorange": "reversed"},
               "meta": {"wide_labels": True}, "height": 110 + 34 * len(shown)}  # fmt: skip
-    return Drawn({"data": data, "layout": layout}, left_out(len(shown), len(found), "group"))
+    return Drawn({"data": [bars], "layout": layout}, left_out(len(shown), len(found), "group"))
 
 
 def step_times(rows: Sequence[Entry]) -> Drawn | None:
@@ -163,8 +164,9 @@ def memory_by_length(rows: Sequence[Entry]) -> Drawn | None:
     layout = {"xaxis": length_axis(lengths), "yaxis": axis("peak allocated on one GPU, GiB", rangemode="tozero"),
               "height": 400, **sizes}  # fmt: skip
     crosses = " A cross is a case that ran out of memory, at the size of its card." if failed else ""
-    note = ("Dotted: sizes of cards, of which the driver and libraries take 1 GiB and more for themselves; "
-            f"capped cases are among the points.{crosses} {left_out(len(shown), len(found), 'group')}")  # fmt: skip
+    capped = " Capped cases are among the points." if any(row.cap_gib for row in trained) else ""
+    note = ("Dotted: sizes of cards, of which the driver and libraries take 1 GiB and more for themselves."
+            f"{capped}{crosses} {left_out(len(shown), len(found), 'group')}")  # fmt: skip
     return Drawn({"data": [*lines, *failed], "layout": layout}, note.strip())
 
 

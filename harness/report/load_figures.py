@@ -14,6 +14,7 @@ from harness.report.drawing import (
     groups,
     left_out,
     line_name,
+    log_axis,
     medians,
     rounded,
     style,
@@ -145,7 +146,8 @@ def bus_bandwidth(rows: Sequence[Entry]) -> Drawn | None:
     data = [_bus_line(row, index) for index, row in enumerate(known[:MAX_LINES])]
     sizes = sorted({size.size_bytes for row in known if row.probe for size in row.probe.sizes})
     ticks = {"tickvals": sizes, "ticktext": [size_text(size).text for size in sizes]}
-    layout = {"xaxis": axis("bytes on each rank", type="log", **ticks), "yaxis": axis("bus GB/s", type="log")}
+    speeds = log_axis("bus GB/s", [speed for line in data for speed in line["y"]])
+    layout = {"xaxis": axis("bytes on each rank", type="log", **ticks), "yaxis": speeds}
     return Drawn({"data": data, "layout": layout}, left_out(len(data), len(known), "probe"))
 
 

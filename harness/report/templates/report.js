@@ -26,7 +26,7 @@
     else lines.push(word);
     return lines;
   }, []).join("<br>");
-  const themed = (figure) => {
+  const themed = (figure, named) => {
     const layout = structuredClone(figure.layout), grid = colour("--line"), ink = colour("--ink");
     const small = narrow.matches;
     for (const key of Object.keys(layout)) {
@@ -48,18 +48,19 @@
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest",
       font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
       margin: { l: small ? 44 : 56, r: 12, t: 22, b: 44 }, dragmode: small ? false : "zoom",
-      height: (layout.height || 330) + (traces > 1 ? 19 * Math.ceil(traces / (small ? 1 : perLine)) : 0), autosize: true,
-      showlegend: traces > 1, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 } },
+      height: (layout.height || 330) + (traces > 1 || named ? 19 * Math.ceil(traces / (small ? 1 : perLine)) : 0), autosize: true,
+      showlegend: traces > 1 || (named && !layout.meta), legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, xanchor: "left", font: { size: 11 } },
       hoverlabel: { namelength: -1 },
     });
   };
   const draw = (node, figure) => {
     drawn.add([node, figure]);
-    Plotly.react(node, structuredClone(figure.data), themed(figure),
+    node.style.minHeight = "0";
+    Plotly.react(node, structuredClone(figure.data), themed(figure, Boolean(node.dataset.figure)),
       { responsive: true, displaylogo: false, displayModeBar: false });
   };
   const redraw = () => { for (const [node, figure] of drawn) if (node.isConnected) draw_again(node, figure); };
-  const draw_again = (node, figure) => Plotly.react(node, structuredClone(figure.data), themed(figure));
+  const draw_again = (node, figure) => Plotly.react(node, structuredClone(figure.data), themed(figure, Boolean(node.dataset.figure)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   narrow.addEventListener("change", redraw);
 

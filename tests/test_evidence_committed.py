@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import records as fakes
 
-from harness import results, store
+from harness import drill, results, store
 from harness.schema import TrainCase
 
 ROOT = Path(__file__).parent.parent
@@ -95,3 +95,26 @@ def test_a_built_image_was_verified_and_its_package_list_stands_beside_it(path: 
     assert not built["image"]["source_revision"].endswith("-dirty")
     listed = path.with_suffix(".packages.txt").read_text(encoding="utf-8").splitlines()
     assert len(listed) == built["package_list"]["python"] + built["package_list"]["debian"]
+
+
+# ---------------------------------------------------------------- drills
+
+
+def test_the_committed_scorecard_of_drills_is_what_the_readmes_say() -> None:
+    folder = ROOT / "reports" / "drill-cpu"
+    card = json.loads((folder / "scorecard.json").read_text())
+    results = [drill.Drilled.model_validate(one) for one in card["drills"]]
+    assert drill.summary(results) == card["summary"]
+    for readme in (folder / "README.md", ROOT / "README.md"):
+        assert drill.sentence(results) in " ".join(readme.read_text(encoding="utf-8").split()), readme
+
+
+def test_the_committed_scorecard_holds_every_kind_of_drill_off_and_on() -> None:
+    folder = ROOT / "reports" / "drill-cpu"
+    text = (folder / "scorecard.json").read_text()
+    assert not re.search(r"/(?:home|root|work|tmp)/", text)
+    assert re.search(r"\b[0-9a-f]{40}\b", (folder / "README.md").read_text())
+    found = {(one["name"], one["debug"]): one for one in json.loads(text)["drills"]}
+    assert {name for name, _ in found} == {one for one, debug in found if debug}
+    assert sum(one["expected_class"] != "no_failure" for one in found.values()) >= 2 * 18
+    assert sum(one["expected_class"] == "no_failure" for one in found.values()) >= 2 * 10

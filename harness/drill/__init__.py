@@ -3,7 +3,7 @@
 from harness.drill.faults import Fault, chosen, faults
 from harness.drill.run import Options, compare, run
 from harness.drill.score import Drilled, Truth, exit_code, mistakes, summary
-from harness.drill.show import line, listing, table
+from harness.drill.show import line, listing, sentence, table
 
 __all__ = [
     "Drilled",
@@ -18,6 +18,7 @@ __all__ = [
     "listing",
     "mistakes",
     "run",
+    "sentence",
     "summary",
     "table",
 ]

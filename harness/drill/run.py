@@ -58,7 +58,7 @@ def run(options: Options, watch: Watch = lambda *_: None) -> list[Drilled]:
         results.append(result)
         watch(result, len(results), len(todo))
         _keep(options.out, made, results)
-    return sorted(results, key=lambda one: [fault.name for fault in faults].index(one.name))
+    return sorted(results, key=lambda one: ([fault.name for fault in faults].index(one.name), one.debug))
 
 
 def _made(options: Options) -> dict[str, object]:

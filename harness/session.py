@@ -167,14 +167,23 @@ def _environments(plan: Plan, box: boxes.Box, recorded: store.Run | None) -> tup
     """The environments that the plan's jobs run in; a replay needs none and names those of the recording."""
     if recorded:
         return recorded.info().environments
-    kinds = {case.kind for case in plan.cases}
-    wanted: dict[schema.EnvironmentName, set[str]] = {"train": {"train", "chain", "probe"}, "serve": {"serve", "chain"}}
-    return tuple(_environment(plan, box, name, users) for name, users in wanted.items() if kinds & users)
+    wanted = {(name, case.device) for case in plan.cases for name in evidence.NEEDS[case.kind]}
+    # What a server's ranks fail to say to each other is probed with the libraries that train.
+    wanted |= {("train", case.device) for case in plan.cases if case.kind == "serve" and _may_be_probed(plan, case)}
+    names: tuple[schema.EnvironmentName, ...] = ("train", "serve")
+    users = {name: sorted(device for user, device in wanted if user == name) for name in names}
+    return tuple(_environment(plan, box, name, devices) for name, devices in users.items() if devices)
 
 
-def _environment(plan: Plan, box: boxes.Box, name: schema.EnvironmentName, users: set[str]) -> Environment:
+def _may_be_probed(plan: Plan, case: Case) -> bool:
+    asked = plan.ladders.get(schema.case_id(case)) if plan.ladders else None
+    return asked is not None and "nccl" in asked.ladders and case.devices > 1
+
+
+def _environment(
+    plan: Plan, box: boxes.Box, name: schema.EnvironmentName, devices: Sequence[schema.DeviceType]
+) -> Environment:
     """The one environment for all jobs of a kind; HarnessError where the box has another for each device."""
-    devices = sorted({case.device for case in plan.cases if case.kind in users})
     found = [box.environment(name, device) for device in devices]
     if len({environment.digest for environment in found}) > 1:
         raise HarnessError(
@@ -319,7 +328,7 @@ def scratch(options: Options) -> Path:
 
 
 def _no_disk(session: Session, case: Case) -> str | None:
-    """Why this host has no local disk for the checkpoints of a case that wants one; nodes of a cluster have their own."""
+    """Why this host has no local disk for the checkpoints of a case that wants one; a cluster's nodes have theirs."""
     here = session.backend.at_once is None and session.recorded is None
     wanted = here and any(job.local_artifacts for job in launch.jobs((case,), 1))
     return host.apart(scratch(session.options), session.run.folder) if wanted else None

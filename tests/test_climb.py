@@ -242,6 +242,18 @@ def test_a_rung_that_this_host_cannot_give_is_passed_over(bench: Bench) -> None:
     assert why["fsdp"] == "sharding needs two GPUs; this host has one"
 
 
+@pytest.mark.parametrize(("ranks", "ladder", "names"), [
+    (2, "nccl", ["train", "serve"]),
+    (2, "oom", ["serve"]),
+    (1, "both", ["serve"]),
+])  # fmt: skip
+def test_a_server_that_may_be_probed_binds_the_libraries_of_probes_too(
+    bench: Bench, ranks: int, ladder: str, names: list[str]
+) -> None:
+    bench.run(f"{ON_GPU}serve:\n  - {{tensor_parallel: {ranks}, ladder: {ladder}}}\n")
+    assert [one.name for one in bench.directory.info().environments] == names
+
+
 # ---------------------------------------------------------------- searches
 
 

@@ -64,7 +64,7 @@ MARK = re.compile(
 SETUP_BAR = re.compile(
     r"(?:Loading|Fetching|Download|Map\b|Filter|Tokeniz|Generating \w+ split|[Cc]aptur|Convert|Packing"
     r"|Extracting|Applying|Saving|Writing|Upload|Resolving|Running tokenizer|Adding EOS|Truncating"
-    r"|Pre-?processing|Creating|Unpacking)"
+    r"|Pre-?processing|Creating|Unpacking|Validat|Sanity Check|Evaluating|Rollout|Warm)"
     r"[^|\n]{0,100}: {1,4}\d{1,3}%\|?"
 )
 """A bar of what comes before the first step, which is no progress of the run."""
@@ -82,7 +82,7 @@ GOOD_END = re.compile(
     r"|worker group successfully finished|exiting program (?:at iteration"
     r"|after [\d.]{1,9} min)|SUCCEEDED|Successful requests:|agent_finish"
     r"|Reporting training SUCCESS|Received 0 from exiting process|Process \d+ exits successfully"
-    r"|End time of running main"
+    r"|End time of running main|(?:eval|predict)_runtime +="
     r"|[Mm]odel (?:was |has been )?(?:successfully )?saved (?:to|in"
     r"|at)|Serving Benchmark Result|[Ss]aved (?:final|the final)"
 )
@@ -141,7 +141,7 @@ PATTERNS = (
     "ttempt", "Sending process",
     "Setting OMP_NUM", "torchrun", "accelerate launch", "deepspeed", "elastic_operator", "ServerArgs",
     "[Ss]tep", "STEP",
-    "[Ii]ter", "[Ee]poch", "it/s", "s/it", "train_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
+    "[Ii]ter", "[Ee]poch", "it/s", "s/it", "_runtime", "raining", "TRAINING", "ine-?tuning", "complete",
     "COMPLETE",
     "finished", " done", "xiting program", "xiting with", "lobal rank", "process rank",
     "succe", "Succe", "SUCCE", "passed", "Finished", "code=0", "Out of bounds values",

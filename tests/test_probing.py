@@ -169,6 +169,9 @@ def test_ranks_that_do_not_talk_come_before_their_checkpoints() -> None:
 def test_a_single_rank_that_hangs_while_saving_is_run_again_at_once() -> None:
     tried = climb(train(devices=1, strategy="none"), "local_checkpoints", first=failed("stalled", "save"))
     assert names(tried) == ["local_checkpoints"]
+    for rung in ("nccl_debug", "interface", "two_ranks", "p2p_off"):
+        assert passed_over(tried, rung) == "one rank has nobody to talk to"
+    assert passed_over(tried, "local_checkpoints") == "it was tried already"
     assert verdict(tried).showed == "With checkpoints on a local disk the case completes: the storage path is suspect."
 
 

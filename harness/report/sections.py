@@ -75,7 +75,7 @@ def _failure(entry: Entry, attempt: Attempt, link: Link) -> list[Section | None]
         ("Phase", word(diagnosis.phase or MISSING)),
         ("Where it began", word(f"{', '.join(where)} ({diagnosis.culprit_status})") if where else missing("unknown")),
         ("Cause", word(diagnosis.cause_status, "how sure the diagnosis is of the cause")),
-        *([("What probes showed", word(diagnosis.showed))] if diagnosis.showed else []),
+        *([("What reruns showed", word(diagnosis.showed))] if diagnosis.showed else []),
         ("Next step", word(diagnosis.next_step or MISSING)),
     ]
     quotes = [

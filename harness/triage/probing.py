@@ -17,18 +17,19 @@ CHECKPOINT_PHASES = frozenset({"save", "eval", "reload", "merge"})
 OF_THE_DISK = frozenset({"storage_full"})
 """Failures that a local disk brings of its own."""
 _ITSELF = "Look at what the case's own ranks did before it: the rank that stops first, its data, its memory."
+_ALONE = "one rank has nobody to talk to"
 _WORKS = "the ranks reduce together as they are ({})"
 
 
 def nccl_debug(case: Part, means: Means) -> ProbeCase | str:
     """The same ranks without the model, everything said."""
-    if case.devices < 2:
-        return "one rank has nobody to talk to"
-    return _probe(case)
+    return _probe(case) if case.devices > 1 else _ALONE
 
 
 def interface(case: Part, means: Means) -> ProbeCase | str:
     """The sockets pinned to one interface: on one host its loopback, else one that reaches other hosts."""
+    if case.devices < 2:
+        return _ALONE
     if works := _worked(means):
         return works
     asked = case.interface if isinstance(case, ProbeCase) else None
@@ -39,6 +40,8 @@ def interface(case: Part, means: Means) -> ProbeCase | str:
 
 def two_ranks(case: Part, means: Means) -> ProbeCase | str:
     """The smallest group that can fail."""
+    if case.devices < 2:
+        return _ALONE
     if works := _worked(means):
         return works
     return _probe(case, devices=2, nodes=1) if case.devices > 2 else "it has two ranks already"
@@ -48,6 +51,8 @@ def p2p_off(case: Part, means: Means) -> ProbeCase | str:
     """GPUs talk through the host's memory."""
     if case.device == "cpu":
         return "only GPUs copy to each other directly"
+    if case.devices < 2:
+        return _ALONE
     if works := _worked(means):
         return works
     few = {"devices": 2, "nodes": 1} if "two_ranks" in means.ran else {}
@@ -61,6 +66,8 @@ def local_checkpoints(case: Part, means: Means) -> TrainCase | str:
         return f"it failed in phase {phase or 'unknown'}, and not while a checkpoint was written"
     if case.checkpoints == "local":
         return "its checkpoints lay on a local disk already"
+    if "local_checkpoints" in means.ran:
+        return "it was tried already"
     if means.ran and not means.ran.get("nccl_debug"):
         return "the ranks do not talk as they are even where nothing is written"
     return case.model_copy(update={"checkpoints": "local"})
@@ -81,7 +88,7 @@ def _probe(case: Part, **changes: object) -> ProbeCase:
 
 def _worked(means: Means) -> str | None:
     """Why a rung that narrows the fault down is not needed: a probe before it ran as asked."""
-    rung = next((name for name, ran in means.ran.items() if ran), None)
+    rung = next((name for name, ran in means.ran.items() if ran and name != "local_checkpoints"), None)
     return _WORKS.format(rung) if rung else None
 
 

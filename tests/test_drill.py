@@ -63,6 +63,15 @@ def test_nothing_in_them_names_a_machine_or_a_secret() -> None:
             ), path
 
 
+def test_the_readme_says_which_faults_of_gpus_were_never_injected() -> None:
+    names = {folder.name.rsplit("-", 1)[0] for folder in FOLDERS}
+    all_of_them = [one.name for one in faults() if one.device == "cuda"]
+    absent = [name for name in all_of_them if name not in names]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of the {len(all_of_them)} for GPUs {len(all_of_them) - len(absent)} were injected" in readme
+    assert f"not injected yet: {', '.join(f'`{name}`' for name in absent)}." in readme
+
+
 # ---------------------------------------------------------------- the list of faults
 
 

@@ -275,11 +275,10 @@ class Gatherer:
             of_rank.setdefault(speaker.rank, (tuple(NUMBER.findall(said)), number, text[:QUOTE_CHARS]))
 
     def _last_mark(self, text: str) -> re.Match[str] | None:
-        """The first mark of a line; of progress bars, which may share a line, the last."""
+        """The last progress bar of a line, else its first mark."""
         found = None if words.SETUP_BAR.search(text) else self._asked("mark", words.MARK, text)
-        if found is None or not found["bar"]:
-            return found
-        return next(reversed([one for one in words.MARK.finditer(text) if one["bar"]]))
+        bars = [one for one in words.MARK.finditer(text) if one["bar"]] if found else []
+        return bars[-1] if bars else found
 
     def _works(self, text: str, speaker: words.Who) -> None:
         if speaker.rank is None or "work" not in self._may:

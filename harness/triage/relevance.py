@@ -33,7 +33,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "sized": ("lement", "umel", "ount", "hape", "ize", "ength", "len"),
     "mark": ("tep", "STEP", "ter", "poch", "it/s", "s/it"),
     "telling": ("rror", "ERROR", "FAILED", "WARN", "fatal", "FATAL", "CRITICAL", "panicked", "heck fail", "HECK fail"),
-    "good_end": ("train_runtime", "Do not forget", "stopped: `max_", "omplete", "COMPLETE", "inished", "done", "ucce",
+    "good_end": ("_runtime", "Do not forget", "stopped: `max_", "omplete", "COMPLETE", "inished", "done", "ucce",
                  "SUCCEEDED", "passed", "code", "status", "Out of bounds values", "Avg bus bandwidth", "agent_finish",
                  "saved", "Saved", "Serving Benchmark", "ended ", "exiting program", '"kind":"end"', "SUCCESS",
                  "Received #", "End time", "wandb: ", "Done"),

@@ -18,6 +18,9 @@ _OF_THE_PROGRAM = re.compile(
 """Good ends that only the program itself or its launcher says; any other sentence a script may say after a failure."""
 _UP = re.compile(r"startup complete|fired up")
 _NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
+_OF_A_REQUEST = frozenset({"data_format", "hub_access", "model_unsupported", "serve_kv_cache"})
+_REFUSED = re.compile(r'HTTP/[12][.\d]{0,2}" 4\d\d')
+"""What a server answers to a request that it cannot serve, and goes on."""
 _ANSWERED = re.compile(r'HTTP/[12][.\d]{0,2}" 2\d\d')
 
 
@@ -80,5 +83,6 @@ def _served_on(facts: Facts, event: Event) -> bool:
     if kinds()[event.failure_class].spoken_of and any(_UP.search(text) for text in after):
         return True
     before = any(line < event.line for line, _, _ in facts.serving)
-    asked = event.failure_class in ("data_format", "hub_access")
-    return asked and before and any(_ANSWERED.search(text) for text in after)
+    asked = event.failure_class in ("data_format", "hub_access") and any(_ANSWERED.search(text) for text in after)
+    refused = event.failure_class in _OF_A_REQUEST and bool(after) and _REFUSED.search(after[0]) is not None
+    return before and (asked or refused)

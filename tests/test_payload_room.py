@@ -10,6 +10,7 @@ import sys
 import types
 from collections import namedtuple
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,6 +71,27 @@ def test_a_disk_without_room_is_said_before_anything_is_loaded(room: Any, monkey
         room.check_disk({}, {}, "none")
     assert refused.value.errno == errno.ENOSPC
     assert diagnosed("OSError", str(refused.value)) == "storage_full"
+
+
+def test_the_disk_asked_for_room_is_that_of_the_artifacts(
+    room: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage, asked = namedtuple("usage", "total used free"), []
+
+    def look(path: str) -> Any:
+        asked.append(Path(path).resolve())
+        return usage(100, 0, 100)
+
+    monkeypatch.setattr(shutil, "disk_usage", look)
+    monkeypatch.setattr(room, "needed_bytes", lambda *_: 1)
+    job, disk = tmp_path / "job", tmp_path / "disk"
+    job.mkdir()
+    disk.mkdir()
+    monkeypatch.chdir(job)
+    room.check_disk({}, {}, "none")
+    (job / "artifacts").symlink_to(disk)
+    room.check_disk({}, {}, "none")
+    assert asked == [job, disk]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import requests
 
 from harness.containers import build, bundle, context, engine, imagelock, probe, requirements, verify, wheelhouse
 from harness.containers.build import Request
@@ -538,6 +540,31 @@ def test_sources_come_as_the_built_image_and_not_at_all_without_it(
     assert (made.environments, made.images) == ((), ("train-cpu",))
     assert (tmp_path / "bundle/images/train-cpu.tar").read_bytes() == b"layers"
     assert not list((tmp_path / "bundle/wheels").glob("trl*"))
+
+
+def test_an_engine_that_packs_an_image_for_minutes_is_waited_for_and_a_broken_export_leaves_no_file(
+    whole: Path, tmp_path: Path, fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+
+    def connect(timeout_s: int = engine.ANSWER_S) -> FakeEngine:
+        waited.append(timeout_s)
+        return fake
+
+    def save() -> Iterator[bytes]:
+        yield b"lay"
+        raise requests.exceptions.ReadTimeout("Read timed out.")
+
+    monkeypatch.setattr(engine, "connect", connect)
+    fake.images.get = lambda image: SimpleNamespace(save=save)
+    do_build(whole, fake)
+    with pytest.raises(
+        HarnessError, match=r"train-cpu cannot be exported: the Engine at .* did not answer \(ReadTimeout"
+    ):
+        bundle._export("train-cpu", whole, tmp_path / "images/train-cpu.tar", quiet, None)
+    assert waited == [bundle.EXPORT_TIMEOUT_S]
+    assert waited[0] >= 600
+    assert list((tmp_path / "images").iterdir()) == []
 
 
 def test_a_bundle_overwrites_nobodys_folder(whole: Path, tmp_path: Path) -> None:

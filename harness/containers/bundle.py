@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 CODE = ("harness", "images", "matrices", "README.md", "LICENSE")
 """Of the checkout: the program, and the locks that its environments are held against."""
 CONTROL_PLANE, UV = Path("tools/requirements/harness.txt"), Path("tools/requirements/uv.txt")
+EXPORT_TIMEOUT_S = 3600
+"""Without a word from the Engine: it packs the whole image before it sends the first byte."""
 INSTALLER = Path(__file__).with_name("install.py")
 
 
@@ -124,7 +126,7 @@ def _copy(source: Path, target: Path) -> None:
 def _export(name: str, root: Path, target: Path, say: Say, client: DockerClient | None) -> None:
     """The built image as a file for `docker load` or apptainer's docker-archive."""
     locked = imagelock.read(imagelock.path_of(root)).images.get(name)
-    client = client or engine.connect()
+    client = client or engine.connect(EXPORT_TIMEOUT_S)
     if locked is None or engine.inspect(client, locked.image) is None:
         environment, variant = name.split("-")
         raise HarnessError(
@@ -133,6 +135,11 @@ def _export(name: str, root: Path, target: Path, say: Say, client: DockerClient 
         )
     say(f"{name}: exporting {locked.image}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with engine.refusals(f"{name} cannot be exported"), target.open("wb") as out:
-        for chunk in client.images.get(locked.image).save():
-            out.write(chunk)
+    part = target.with_suffix(".part")
+    try:
+        with engine.refusals(f"{name} cannot be exported"), part.open("wb") as out:
+            for chunk in client.images.get(locked.image).save():
+                out.write(chunk)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -20,6 +20,8 @@ API = "1.41"
 """Engine API of Docker 20.10, which every later Engine still speaks; named, so that connecting asks nothing."""
 ANSWER_S = 30
 """An Engine that is busy with a build may take seconds to answer."""
+COMMAND_S = 3600
+"""Without a word from the Engine while a command runs in a container: a cold disk reads vLLM for minutes."""
 
 
 class Ended(NamedTuple):
@@ -70,8 +72,9 @@ def _reason(problem: BaseException) -> str:
 
 @contextlib.contextmanager
 def refusals(what: str, hint: str = "") -> Iterator[None]:
-    """Inside, what the Engine refuses becomes a HarnessError: `what` and its own words."""
+    """Inside, what the Engine refuses becomes a HarnessError: `what` and its own words; so does silence."""
     import docker
+    import requests
 
     try:
         yield
@@ -79,6 +82,9 @@ def refusals(what: str, hint: str = "") -> Iterator[None]:
         raise HarnessError(f"{what}: {problem.explanation or problem}", hint) from None
     except docker.errors.DockerException as problem:
         raise HarnessError(f"{what}: {problem}", hint) from None
+    except requests.exceptions.RequestException as problem:
+        said = _reason(problem)
+        raise HarnessError(f"{what}: the Engine at {address()} did not answer ({said})", hint) from None
 
 
 def inspect(client: DockerClient, image: str) -> dict[str, Any] | None:
@@ -104,7 +110,7 @@ def run_offline(client: DockerClient, image: str, argv: list[str], check: bool =
         )  # fmt: skip
         try:
             container.start()
-            status = int(container.wait()["StatusCode"])
+            status = int(container.wait(timeout=COMMAND_S)["StatusCode"])
             output, errors = (
                 container.logs(stdout=out, stderr=not out).decode("utf-8", "replace") for out in (True, False)
             )

@@ -53,7 +53,7 @@ class FakeEngine:
         status, out, err = self.answer(argv)
         return SimpleNamespace(
             start=lambda: None,
-            wait=lambda: {"StatusCode": status},
+            wait=lambda timeout: {"StatusCode": status},
             logs=lambda stdout, stderr: (out if stdout else err).encode(),
             remove=lambda force: None,
         )

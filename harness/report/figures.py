@@ -96,8 +96,9 @@ def throughput(rows: Sequence[Entry]) -> Drawn | None:
         return _throughput_bars(found, lengths[0])
     shown = _longest_first(found)
     layout = {"xaxis": length_axis(lengths), "yaxis": axis("tokens/s, all devices", rangemode="tozero")}
-    note = f"Bars span equal cases, where there are several. {left_out(len(shown), len(found), 'group')}"
-    return Drawn({"data": _lines(shown, _tokens_per_s), "layout": layout}, note.strip())
+    lines = _lines(shown, _tokens_per_s)
+    spans = "Bars span equal cases, whose median is drawn. " if any("error_y" in line for line in lines) else ""
+    return Drawn({"data": lines, "layout": layout}, (spans + left_out(len(shown), len(found), "group")).strip())
 
 
 def _throughput_bars(found: Groups, length: int) -> Drawn:

@@ -313,7 +313,8 @@ def _from_event(files: Files, first: Event, status: ClaimStatus, whom: Blame | N
     same = [one for one in events if one.failure_class == first.failure_class and one.role == first.role]
     if first not in same:
         same = [first, *same]
-    rest = [one for one in files.events if one not in same and one.role != "teardown"]
+    taken = set(map(id, same))
+    rest = [one for one in files.events if id(one) not in taken and one.role != "teardown"]
     whom = blame.for_event(first, same, files.facts) if whom is None else whom
     quoted = [first, *_one_per_rank(one for one in same if one is not first), *rest[:2]]
     return _verdict(files, first.failure_class, status, whom, [_evidence(one) for one in quoted], first)

@@ -486,7 +486,8 @@ def test_a_range_is_a_grid_and_a_frontier_searches_it(tmp_path: Path) -> None:
 
 def test_a_servers_limits_are_searched_one_load_at_a_time(tmp_path: Path) -> None:
     text = """serve: {variant: nano-9b-v2, max_num_seqs: [64, 256, 1024], frontier: max_num_seqs,
-      load: [{concurrency: 1, input_len: 8, output_len: 8, requests: 1}, {concurrency: 4, input_len: 8, output_len: 8, requests: 4}]}"""
+      load: [{concurrency: 1, input_len: 8, output_len: 8, requests: 1},
+             {concurrency: 4, input_len: 8, output_len: 8, requests: 4}]}"""
     assert [len(search.case_ids) for search in planned(tmp_path, text).frontiers] == [3, 3]
 
 

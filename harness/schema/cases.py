@@ -207,7 +207,7 @@ def fingerprint(value: Any) -> str:
 
 
 def asked_for(name: str, patterns: str | None) -> bool:
-    """Whether the id `name` matches one of `patterns`: shell patterns with commas between them; all do where there is none."""
+    """Whether the id `name` matches one of `patterns`, shell patterns with commas between them; all do of none."""
     return not patterns or any(fnmatch.fnmatch(name, pattern.strip()) for pattern in patterns.split(","))
 
 

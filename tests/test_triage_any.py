@@ -514,3 +514,11 @@ def test_the_rank_that_the_launcher_saw_fail_did_not_survive_its_error(tmp_path:
     waited = WATCHDOG.format(rank=0, what="ALLREDUCE", size=8)
     (tmp_path / "log").write_text(f"{failed}\n{waited}")
     assert triage([tmp_path]).failure_class == "coll_timeout"
+
+
+def test_a_kill_after_a_time_out_is_of_whoever_ended_the_rest_in_any_file(tmp_path: Path) -> None:
+    files = {"r1.log": "[2026-03-09 00:57:15 TP1] Watchdog timeout (self.watchdog_timeout=300)\n"}
+    late = "[2026-03-09 00:57:20] Received sigquit from a child process.\nKilled\n"
+    assert of(tmp_path, **files, **{"launcher.log": late}).failure_class == "coll_timeout"
+    early = late.replace("00:57:20", "00:50:20")
+    assert of(tmp_path, **files, **{"launcher.log": early}).failure_class == "oom_host"

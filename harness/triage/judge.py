@@ -190,8 +190,11 @@ def _communication(files: Files) -> LogVerdict | None:
 
 
 def _after(killed: Event, waited: Sequence[Event]) -> bool:
-    """Whether a process was killed only after a time-out in the same file: then whoever ended the rest did it."""
-    return any(one.file == killed.file and one.line < killed.line for one in waited)
+    """Whether a process was killed only after a time-out: then whoever ended the rest did it."""
+    return any(
+        one.line < killed.line if one.file == killed.file else one.t is not None and one.t < (killed.t or 0.0)
+        for one in waited
+    )
 
 
 def _collectives_differ(files: Files, found: Sequence[Event]) -> LogVerdict | None:

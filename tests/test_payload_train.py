@@ -198,9 +198,10 @@ print(json.dumps({"difference": (logits[0] - logits[1]).abs().max().item(), "voc
     assert said["vocabulary"] == 2048
 
 
-def python(runner: Runner, folder: Path, code: str) -> Any:
+def python(runner: Runner, folder: Path, code: str, *arguments: str) -> Any:
     """The JSON that a script prints last, run by the training environment's Python in `folder`."""
-    ran = runner.call(folder, ("-W", "ignore", "-c", code), {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    env = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ran = runner.call(folder, ("-W", "ignore", "-c", code, *arguments), env)
     assert ran.exit_code == 0, ran.output
     lines = [line for line in ran.output.splitlines() if line.startswith('{"')]
     return json.loads(lines[-1])
@@ -374,6 +375,35 @@ print(json.dumps({"on": filled.device.type, "of": filled.device_mesh.device_type
 def test_offloaded_shards_are_filled_on_the_host_though_their_mesh_is_of_gpus(runner: Runner) -> None:
     """FSDP2 refuses to start where one of them says that it lies on a GPU."""
     assert python(runner, runner.folder, OFFLOADED) == {"on": "cpu", "of": "cuda", "sum": 12.0}
+
+
+MASTERS = """
+import json, sys
+import torch
+import torch.distributed as dist
+from harness.payload import model, shard
+job = json.loads(sys.argv[1])
+dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+found = shard.load(job["case"], job["variant"], None, "cpu")
+seen = []
+found.model.layers[1].register_forward_pre_hook(lambda block, _: seen.extend(p.dtype for p in block.parameters()))
+model.add_loss_head(found)
+ids = torch.arange(16, 80)[None]
+with torch.autocast("cpu", torch.bfloat16):
+    loss = model.loss(found, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+loss.backward()
+kept = list(found.parameters())
+said = {"gathered": seen, "kept": [p.dtype for p in kept], "grads": [p.grad.dtype for p in kept]}
+print(json.dumps({name: sorted(map(str, set(dtypes))) for name, dtypes in said.items()}))
+"""
+
+
+def test_fp32_master_weights_are_gathered_in_bf16_and_their_gradients_reduced_in_fp32(runner: Runner) -> None:
+    """Autocast would keep a bf16 copy of each gathered weight until the forward ends: the whole model on every rank."""
+    case = {**train_case(method="full", devices=2, strategy="fsdp").model_dump(mode="json"), "device": "cuda"}
+    argument = json.dumps({"case": case, "variant": catalog.variant("tiny-hybrid").payload()})
+    assert python(runner, runner.folder, MASTERS, argument) == {
+        "gathered": ["torch.bfloat16"], "kept": ["torch.float32"], "grads": ["torch.float32"]}  # fmt: skip
 
 
 # ---------------------------------------------------------------- what ends a case

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from harness.payload import model as models
@@ -75,11 +75,23 @@ def _replace(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -
 
 def _shard(model: nn.Module, case: dict[str, Any], device: str) -> None:
     mesh = init_device_mesh("cuda" if device.startswith("cuda") else "cpu", (torch.distributed.get_world_size(),))
-    offload = CPUOffloadPolicy() if case["cpu_offload"] else OffloadPolicy()
+    policies = {"mp_policy": _precision(case),
+                "offload_policy": CPUOffloadPolicy() if case["cpu_offload"] else OffloadPolicy()}  # fmt: skip
     inner = models.base_of(model).model
     for unit in (inner.embeddings, *inner.layers):
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=offload)
-    fully_shard(model, mesh=mesh, offload_policy=offload)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, **policies)
+    fully_shard(model, mesh=mesh, **policies)
+
+
+def _precision(case: dict[str, Any]) -> MixedPrecisionPolicy:
+    """fp32 master weights are gathered in bf16, and their gradients reduced in fp32.
+
+    Autocast alone would keep a bf16 copy of every gathered weight that trains until the forward ends, and so the whole
+    model on every rank. Adapters are small, and frozen weights are not kept.
+    """
+    if case["method"] == "full" and models.autocast(case):
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return MixedPrecisionPolicy()
 
 
 def _drawn(case: dict[str, Any], variant: dict[str, Any], device: str) -> Iterator[tuple[str, dict[str, Rows]]]:

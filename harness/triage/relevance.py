@@ -36,7 +36,7 @@ _WORDS: Mapping[str, tuple[str, ...]] = {
     "good_end": ("_runtime", "Do not forget", "stopped: `max_", "omplete", "COMPLETE", "inished", "done", "ucce",
                  "SUCCEEDED", "passed", "code", "status", "Out of bounds values", "Avg bus bandwidth", "agent_finish",
                  "saved", "Saved", "Serving Benchmark", "ended ", "exiting program", '"kind":"end"', "SUCCESS",
-                 "Received #", "End time", "wandb: ", "Done"),
+                 "ccuracy", "erplexity", "F#", "BLEU", "ROUGE", "core", "Received #", "End time", "wandb: ", "Done"),
     "serving": ("startup complete", "shutdown complete", "Uvicorn running", "fired up", "HTTP/", "[GIN]",
                 "llama runner", "is listening on", "slots are idle", "router", "Started "),
     "healthy": ("Pass", "ECC Errors", "Init COMPLETE", "Xid Errors", "healthy"),

@@ -93,6 +93,8 @@ NEGATED = re.compile(
 """What turns a good end into its opposite."""
 WEAK_END = re.compile(
     r"wandb: (?:\S{1,4} )?(?:View run |Synced |You can sync this run)|^(?:All )?[Dd]one ?[.!]{0,3}$"
+    r"|^(?:[Tt]est|TEST|[Ff]inal|FINAL)\b[^\n]{0,40}(?:[Aa]ccuracy|[Pp]erplexity|F1|BLEU|ROUGE|[Ss]core)\b"
+    r"[^\n]{0,20}[:=] ?\d"
     r"|^=+ (?:\d+ (?:skipped|deselected|xfailed|warnings?), )*\d+ passed\b(?![^=\n]*(?:failed|error))"
 )
 """What a program says at its end, be it good or not: it counts where nothing went wrong."""
@@ -148,7 +150,8 @@ PATTERNS = (
     "Avg bus bandwidth",
     "State: ", "saved", "Saved", "Serving Benchmark", "startup complete", "Uvicorn running", "fired up", "200 OK",
     r"HTTP/1", r"\[GIN\]", "llama runner", "is listening on", "slots are idle", "router", "SUCCESS", "Started ",
-    "Received 0", "exits successfully", "End time", "wandb: ", "[Dd]one",
+    "Received 0", "exits successfully", "End time", "wandb: ", "[Dd]one", "ccuracy",
+    "erplexity", "BLEU", "ROUGE", " [Ss]core",
     r"\|\s+Pass", "ECC Errors", "nranks", "local_rank", r"rank      :", r"host      :",
     "first observed failure",
     "mbatch", "micro_batch", "batch_size", "batch size", "max_length", "max_seq", "cutoff_len", "max_model_len",

@@ -1,4 +1,7 @@
-"""Records measured elsewhere that stand for a case here: the same case, environments and type of device."""
+"""Records made elsewhere that stand for a case here: the same case, environments and type of device.
+
+Measured ones, and those of cases that ran out of memory: that is an answer too, and no other run changes it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import schema, store
+from harness import frontier, schema, store
 from harness.schema import Environment, EnvironmentName, Gpu, Record
 
 Case = schema.AnyCase
@@ -47,16 +50,21 @@ def below(folders: Iterable[Path]) -> dict[str, list[Path]]:
     return found
 
 
-def standing(case: Case, found: Found, here: Place) -> Path | None:
-    """The latest record among `found` that measured `case` where it would be measured `here`."""
+def standing(case: Case, found: Found, here: Place, failures: bool = True) -> Path | None:
+    """The latest record among `found` that decided `case` where it would run `here`; `failures`: too large counts."""
     paths = [(record.finished_at, path) for path in found.get(schema.case_id(case), ())
-             if _holds(case, record := store.read_record(path), here)]  # fmt: skip
+             if _holds(case, record := store.read_record(path), here, failures)]  # fmt: skip
     return max(paths)[1] if paths else None
 
 
-def _holds(case: Case, record: Record, here: Place) -> bool:
+def _holds(case: Case, record: Record, here: Place, failures: bool) -> bool:
     of = record.provenance
-    if record.status != "measured" or of is None or of.number_kind not in OF_A_GPU_OR_CPU:
+    answers = {"fits", "too large"} if failures else {"fits"}
+    if (
+        frontier.Point(record.case_id, 0, record).state not in answers
+        or of is None
+        or of.number_kind not in OF_A_GPU_OR_CPU
+    ):
         return False
     there = Place(of.environments, of.gpus, of.cpu)
     digests, devices = here.digests(case.kind), here.devices(case.device)

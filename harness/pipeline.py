@@ -21,10 +21,12 @@ from harness.session import (
     Session,
     Work,
     begin,
+    finished,
     next_work,
     pending_work,
     record_skips,
     scratch,
+    shares,
     unmeasured,
     work_for,
 )
@@ -216,8 +218,7 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
     work, not_begun = _came_to(session, work)
     attempts = [_attempt(session, case, work) for case in work.cases]
     if _again(work, attempts):
-        lost = (*work.lost, _without_numbers(attempts[0]))
-        waiting.insert(0, next_work(session, work.cases + not_begun, work.attempt, lost))
+        waiting.insert(0, _what_is_left(session, work, attempts, not_begun))
         return
     _keep(session, work, attempts)
     if not_begun:
@@ -230,16 +231,11 @@ def _advance(session: Session, work: Work, waiting: list[Work], active: list[Wor
 
 def _came_to(session: Session, work: Work) -> tuple[Work, tuple[Case, ...]]:
     """The work with the cases that its process came to, and those that need a fresh one; each has its directory."""
-    if not _shares(work):
+    if not shares(work):
         return work, ()
     folder = session.run.job_dir(work.job.id, work.attempt) / "cases"
     begun = tuple(case for case in work.cases if (folder / schema.case_id(case)).is_dir()) or work.cases[:1]
     return replace(work, cases=begun), tuple(case for case in work.cases if case not in begun)
-
-
-def _shares(work: Work) -> bool:
-    """Whether its training cases share a process, and each has a directory of its own in the job's."""
-    return "cases" in work.job.payload and work.job.payload["role"] == "train"
 
 
 def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
@@ -247,6 +243,16 @@ def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
     last = work.outcomes[-1]
     taken = last.lost or last.interrupted or last.node_failed or last.preempted
     return taken and any(one.diagnosis for one in attempts) and len(work.lost) < MAX_LOST
+
+
+def _what_is_left(session: Session, work: Work, attempts: Sequence[Attempt], not_begun: tuple[Case, ...]) -> Work:
+    """A new attempt at what an ended process leaves; what shared it and came to its end keeps its numbers."""
+    pairs = list(zip(work.cases, attempts, strict=True))
+    done = [(case, attempt) for case, attempt in pairs if shares(work) and attempt.diagnosis is None]
+    _keep(session, replace(work, cases=tuple(case for case, _ in done)), [attempt for _, attempt in done])
+    left = [(case, attempt) for case, attempt in pairs if (case, attempt) not in done]
+    lost = (*work.lost, _without_numbers(left[0][1]))
+    return next_work(session, tuple(case for case, _ in left) + not_begun, work.attempt, lost)
 
 
 def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:
@@ -312,11 +318,11 @@ def _without_numbers(attempt: Attempt) -> Attempt:
 
 def _attempt(session: Session, case: Case, work: Work) -> Attempt:
     folders = [session.run.job_dir(job.id, work.attempt) for job in work.jobs[: len(work.outcomes)]]
-    own = [folder / "cases" / schema.case_id(case) for folder in folders] if _shares(work) else folders
+    own = [folder / "cases" / schema.case_id(case) for folder in folders] if shares(work) else folders
     observation = observe.observe(case, own)
     log = observe.log_text(folders)
-    finished = _shares(work) and any(rank.ended for rank in observation.ranks) and not observation.errors
-    diagnosis = None if finished else triage.diagnose(case, work.outcomes, observation, log)
+    whole = shares(work) and finished(observation)
+    diagnosis = None if whole else triage.diagnose(case, work.outcomes, observation, log)
     return Attempt(
         number=work.attempt,
         jobs=tuple(_job_run(session, work, index) for index in range(len(work.outcomes))),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import harness
-from harness import backends, boxes, catalog, evidence, host, hub, launch, schema, store
+from harness import backends, boxes, evidence, host, launch, observe, provenance, schema, store
 from harness.errors import HarnessError
-from harness.schema import Attempt, Environment, Job, Outcome, Plan, Provenance, Record, Ticket
+from harness.schema import Attempt, Job, Outcome, Plan, Provenance, Record, Ticket
 
-PACKAGE = Path(harness.__file__).parent
 NOT_OF_THE_CASE = frozenset({"interrupted", "storage_full", "node_failed", "preempted", "oom_gpu_contention"})
 """Failure classes that say nothing of the case: the next run measures it again without being asked."""
 Case = schema.AnyCase
@@ -32,7 +29,7 @@ class Options:
     retry_failed: bool = False
     keep_artifacts: bool = False
     have: tuple[Path, ...] = ()
-    """Folders whose run directories' measured records stand for the same cases here."""
+    """Folders whose run directories' records stand for the same cases here: measured, or out of memory."""
     host_memory_gib: float | None = None
     """What a job may use of the host's memory, in a box that can hold it to that."""
     scratch: Path | None = None
@@ -109,7 +106,7 @@ class Session:
         held = isinstance(case, schema.TrainCase) and case.memory_cap_gib is not None
         kind = "capped" if held else self.provenance.number_kind
         nodes = host.of_nodes(job_dirs) if self.backend.at_once is not None else {}
-        return self.provenance.model_copy(update={"weights": _weights(case), "number_kind": kind, **nodes})
+        return self.provenance.model_copy(update={"weights": provenance.weights(case), "number_kind": kind, **nodes})
 
 
 def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
@@ -120,10 +117,10 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
     box = _box(options, backend)
     _refuse_pair(options, backend, box)
     recorded = _recorded(options)
-    environments = _environments(plan, box, recorded)
+    environments = provenance.environments(plan, box, recorded)
     directory.begin(plan, backend=options.backend, box=box.name, environments=environments)
-    provenance = _provenance(plan, directory, backend.name, environments)
-    gpus = _recorded_gpus(recorded) if recorded else provenance.gpus
+    origin = provenance.of_host(plan, directory, backend.name, environments)
+    gpus = provenance.recorded_gpus(recorded) if recorded else origin.gpus
     slots = frozenset({"cpu", *(str(gpu.index) for gpu in gpus)})
     return Session(
         plan=plan,
@@ -131,7 +128,7 @@ def begin(plan: Plan, directory: store.Run, options: Options) -> Session:
         options=options,
         backend=backend,
         box=box,
-        provenance=provenance,
+        provenance=origin,
         cases=tuple(chosen(plan, options)),
         slots=slots,
         free=set(slots),
@@ -161,73 +158,6 @@ def _recorded(options: Options) -> store.Run | None:
     """The run directory that a replay plays."""
     kind, _, folder = options.backend.partition(":")
     return store.Run.existing(Path(folder)) if kind == "replay" else None
-
-
-def _environments(plan: Plan, box: boxes.Box, recorded: store.Run | None) -> tuple[Environment, ...]:
-    """The environments that the plan's jobs run in; a replay needs none and names those of the recording."""
-    if recorded:
-        return recorded.info().environments
-    wanted = {(name, case.device) for case in plan.cases for name in evidence.NEEDS[case.kind]}
-    # What a server's ranks fail to say to each other is probed with the libraries that train.
-    wanted |= {("train", case.device) for case in plan.cases if case.kind == "serve" and _may_be_probed(plan, case)}
-    names: tuple[schema.EnvironmentName, ...] = ("train", "serve")
-    users = {name: sorted(device for user, device in wanted if user == name) for name in names}
-    return tuple(_environment(plan, box, name, devices) for name, devices in users.items() if devices)
-
-
-def _may_be_probed(plan: Plan, case: Case) -> bool:
-    asked = plan.ladders.get(schema.case_id(case)) if plan.ladders else None
-    return asked is not None and "nccl" in asked.ladders and case.devices > 1
-
-
-def _environment(
-    plan: Plan, box: boxes.Box, name: schema.EnvironmentName, devices: Sequence[schema.DeviceType]
-) -> Environment:
-    """The one environment for all jobs of a kind; HarnessError where the box has another for each device."""
-    found = [box.environment(name, device) for device in devices]
-    if len({environment.digest for environment in found}) > 1:
-        raise HarnessError(
-            f"{plan.source} has cases on a CPU and on GPUs, for which the box {box.name} has two {name} images",
-            "a run directory holds numbers of one: put them into two matrices",
-        )
-    return found[0]
-
-
-def _recorded_gpus(recorded: store.Run) -> tuple[schema.Gpu, ...]:
-    found = {gpu.index: gpu for record in recorded.records() if record.provenance for gpu in record.provenance.gpus}
-    return tuple(found.values())
-
-
-def _provenance(plan: Plan, directory: store.Run, backend: str, environments: tuple[Environment, ...]) -> Provenance:
-    """What the records of this call share; also lays the payload's code into the run."""
-    gpus, driver = host.gpus()
-    return Provenance(
-        number_kind="replayed" if backend == "replay" else "measured",
-        harness_version=harness.__version__,
-        commit=host.commit(PACKAGE.parent),
-        payload_sha256=directory.stage_payload(PACKAGE),
-        matrix_sha256=plan.matrix_sha256,
-        backend=backend,
-        environments=environments,
-        hosts=(os.uname().nodename,),
-        cpu=host.cpu_name(),
-        cpu_count=host.cpu_count(),
-        memory_bytes=host.memory_bytes(),
-        gpus=gpus,
-        driver=driver,
-        weights="random",
-    )
-
-
-def _weights(case: Case) -> str:
-    if isinstance(case, schema.ProbeCase):
-        return "no"
-    weights = case.train.weights if isinstance(case, schema.ChainCase) else case.weights
-    if weights != "hub":
-        return "random" if weights == "random" else "path"
-    variant = catalog.variant(case.variant)
-    commit = hub.commit_of(str(variant.checkpoint), variant.revision)
-    return f"hub@{commit}" if commit else "hub"
 
 
 def chosen(plan: Plan, options: Options) -> list[Case]:
@@ -295,7 +225,7 @@ def _standing(session: Session, case: Case, elsewhere: evidence.Found, here: evi
     """The record that stands for the case: this run's own, or a copy of one measured elsewhere."""
     if stands(session.run, case, session.options):
         return session.run.record(schema.case_id(case))
-    path = evidence.standing(case, elsewhere, here)
+    path = evidence.standing(case, elsewhere, here, failures=not session.options.retry_failed)
     return session.run.adopt(path) if path else None
 
 
@@ -305,9 +235,9 @@ def unmeasured(plan: Plan, directory: store.Run, options: Options) -> list[Case]
     elsewhere = evidence.below(options.have)
     if not elsewhere:
         return cases
-    environments = _environments(plan, _box(options, backends.get(options.backend)), _recorded(options))
+    environments = provenance.environments(plan, _box(options, backends.get(options.backend)), _recorded(options))
     here = evidence.Place(environments, host.gpus()[0], host.cpu_name())
-    return [case for case in cases if not evidence.standing(case, elsewhere, here)]
+    return [case for case in cases if not evidence.standing(case, elsewhere, here, failures=not options.retry_failed)]
 
 
 def lacking(session: Session, case: Case) -> tuple[str, str] | None:
@@ -381,7 +311,9 @@ def _take_up(session: Session, work: Work) -> bool:
         if session.backend.outlives and outcome is None and (ticket is not None or work.outcomes):
             work.tickets += [ticket] if ticket else []  # still at work, or the next job of a chain never began
             return ticket is None or _asked_the_same(session, job, work.attempt)
-        if ticket is None or outcome is None or outcome.interrupted or outcome.lost:
+        if ticket is None or outcome is None:
+            return False
+        if (outcome.interrupted or outcome.lost) and not _some_finished(session, work):
             return False
         if outcome.node_failed or outcome.preempted:
             return False
@@ -392,6 +324,22 @@ def _take_up(session: Session, work: Work) -> bool:
         if not outcome.ok:
             return True
     return True
+
+
+def shares(work: Work) -> bool:
+    """Whether its training cases share a process, and each has a directory of its own in the job's."""
+    return "cases" in work.job.payload and work.job.payload["role"] == "train"
+
+
+def finished(seen: schema.Observation) -> bool:
+    """Whether a case of a shared process came to its own end, whatever became of the process after it."""
+    return any(rank.ended for rank in seen.ranks) and not seen.errors
+
+
+def _some_finished(session: Session, work: Work) -> bool:
+    """Whether some cases of a process that was ended from outside came to their end before."""
+    folder = session.run.job_dir(work.job.id, work.attempt) / "cases"
+    return shares(work) and any(finished(observe.observe(case, [folder / schema.case_id(case)])) for case in work.cases)
 
 
 def _asked_the_same(session: Session, job: Job, attempt: int) -> bool:

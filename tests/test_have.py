@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fakes import stub_box
-from fakes.stub_run import FOUR, FULL, MIXED, Bench, status
+from fakes.stub_run import FOUR, FULL, MATRIX, MIXED, Bench, status
 from rich.console import Console
 
 from harness import boxes, cli, evidence, host, pipeline
@@ -139,6 +139,19 @@ def test_a_dry_run_leaves_out_what_stands_elsewhere(bench: Bench) -> None:
     assert {case.seq_len for case in cases if isinstance(case, TrainCase)} == {128}
     assert len(cases) == 2
     assert not second.runs.exists()
+
+
+def test_what_ran_out_of_memory_stands_too_but_for_whoever_wants_failures_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus(monkeypatch, "NVIDIA H200")
+    text = MATRIX.replace("device: cpu", "device: cuda") + "train: [{method: lora, seq_len: [64, 128, 256]}]\n"
+    bench.box.behaviour = [("*-s128-*", {"room": 100}), ("*-s256-*", {"fail_at_step": 2})]
+    bench.run(text)
+    kept = again(bench, "same").run(text, have=(bench.folder,)).kept
+    assert sorted(name.split("-")[4] for name in kept) == ["s128", "s64"]
+    kept = again(bench, "again").run(text, have=(bench.folder,), retry_failed=True).kept
+    assert [name.split("-")[4] for name in kept] == ["s64"]
 
 
 def test_a_folder_that_is_not_there_is_a_mistake(bench: Bench) -> None:

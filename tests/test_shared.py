@@ -97,6 +97,24 @@ def test_a_process_that_comes_to_nothing_ends(bench: Bench) -> None:
     assert status(result.records) == {"measured": 1, "failed": 3}
 
 
+def test_what_an_interrupted_process_had_finished_is_measured(bench: Bench) -> None:
+    bench.box.behaviour = [(SHARED, {"step_s": 0.3})]
+
+    def interrupt(progress: pipeline.Progress) -> None:
+        ends = [path for path in bench.directory.jobs_dir.glob("*/cases/*/events.*") if '"end"' in path.read_text()]
+        if len(ends) >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(LENGTHS, interrupt, share_process=True)
+    bench.box.behaviour = []
+    result = bench.run(LENGTHS, share_process=True)
+    assert status(result.records) == {"measured": 4}
+    first = [record for record in result.records if len(record.attempts) == 1]
+    assert [record.case.seq_len for record in first] == [64, 128]  # type: ignore[union-attr]
+    assert len({job_of(record) for record in result.records}) == 2
+
+
 def test_sharing_keeps_no_artifacts(bench: Bench) -> None:
     with pytest.raises(HarnessError, match="cannot keep artifacts"):
         bench.run(FOUR, share_process=True, keep_artifacts=True)

@@ -76,7 +76,7 @@ def run(
     ] = False,
     have: Annotated[
         list[Path] | None,
-        typer.Option("--have", help="Keep what runs at or below this folder have measured in such an environment."),
+        typer.Option("--have", help="Keep what runs at or below this folder have found in such an environment."),
     ] = None,
     host_memory: Annotated[
         float | None,

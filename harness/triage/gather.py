@@ -276,9 +276,11 @@ class Gatherer:
 
     def _last_mark(self, text: str) -> re.Match[str] | None:
         """The last progress bar of a line, else its first mark."""
-        found = None if words.SETUP_BAR.search(text) else self._asked("mark", words.MARK, text)
-        bars = [one for one in words.MARK.finditer(text) if one["bar"]] if found else []
-        return bars[-1] if bars else found
+        found = self._asked("mark", words.MARK, text)
+        if found is None or "%" not in text:
+            return found
+        bars = [one for one in words.MARK.finditer(text) if one["bar"]]
+        return None if words.SETUP_BAR.search(text) else (bars[-1] if bars else found)
 
     def _works(self, text: str, speaker: words.Who) -> None:
         if speaker.rank is None or "work" not in self._may:

@@ -13,6 +13,7 @@ from fakes import records as fakes
 
 from harness import drill, results, store
 from harness.schema import TrainCase
+from harness.summary import summarize
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(path.parent for path in (ROOT / "reports").glob("*/run.json"))
@@ -118,3 +119,23 @@ def test_the_committed_scorecard_holds_every_kind_of_drill_off_and_on() -> None:
     assert {name for name, _ in found} == {one for one, debug in found if debug}
     assert sum(one["expected_class"] != "no_failure" for one in found.values()) >= 2 * 18
     assert sum(one["expected_class"] == "no_failure" for one in found.values()) >= 2 * 10
+
+
+def test_what_telemetry_costs_is_under_its_limit_and_the_readme_says_it() -> None:
+    found = json.loads((ROOT / "reports/h200-overhead/overhead.json").read_text(encoding="utf-8"))
+    ratios = sorted(pair["ratio"] for pair in found["pairs"])
+    assert len(ratios) >= 5
+    assert found["median_ratio"] == ratios[len(ratios) // 2] < 1.01
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{found['median_ratio']:.4f} of one without" in readme
+
+
+def test_a_case_that_shared_its_process_took_the_memory_that_it_takes_alone() -> None:
+    name = "train-nano-30b-a3b-qlora-s2048-b1-one-c30ca2a6"
+    alone, shared = (store.Run(ROOT / "reports" / run).record(name) for run in ("h200-1gpu", "h200-grouped"))
+    assert alone
+    assert shared
+    peaks = [summarize(record).train.peak.allocated_bytes for record in (alone, shared)]  # type: ignore[union-attr]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)
+    assert shared.last
+    assert shared.last.jobs[0].job_id.startswith("shared-")

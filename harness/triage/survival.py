@@ -48,7 +48,8 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     if event.failure_class == "nan_loss":
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
-        return (ended and on) or _only_mentioned(facts, event) or _served_on(facts, event)
+        tried_again = event.signature.weak and kinds()[event.failure_class].spoken_of
+        return (ended and (on or tried_again)) or _only_mentioned(facts, event) or _served_on(facts, event)
     if any(rank == event.who.rank and code not in (None, 0, -15) for rank, code, *_ in facts.tables):
         return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)

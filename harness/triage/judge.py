@@ -235,9 +235,8 @@ def _table_only(files: Files) -> LogVerdict | None:
         for rank, code, host, line, text, attempt in facts.tables:
             if attempt == facts.attempts and code not in (None, 0):
                 evidence = Evidence(file=facts.file, line=line, text=text, role="initiating")
-                return _verdict(
-                    files, "app_exception", "supported", Blame(Culprit(rank=rank, host=host), "supported"), [evidence]
-                )
+                whom = Blame(Culprit(rank=rank, host=host), "supported")
+                return _verdict(files, "app_exception", "supported", whom, [evidence])
     return None
 
 

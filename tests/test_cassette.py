@@ -16,7 +16,7 @@ from harness.session import Options
 from harness.summary import summarize
 
 CASSETTES = Path(__file__).parent / "cassettes"
-NAMES = ("cpu", "h200", "h200-serve", "h200x2-ddp", "probe", "h200x2-probe")
+NAMES = ("cpu", "h200", "h200-serve", "h200x2-ddp", "h200x2-fsdp", "probe", "h200x2-probe")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def replayed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pipeline.Res
 
 
 def options(name: str, runs: Path) -> Options:
-    return Options(runs=runs, backend=f"replay:{CASSETTES / name}")
+    return Options(runs=runs / name, backend=f"replay:{CASSETTES / name}")
 
 
 def recorded(name: str) -> dict[str, Record]:
@@ -138,7 +138,7 @@ def test_gpu_memory_is_told_in_three_numbers(replayed: dict[str, pipeline.Result
 
 def test_a_second_replay_keeps_all_and_a_measuring_run_will_not_mix(replayed: dict[str, pipeline.Result]) -> None:
     first = replayed["cpu"]
-    again = pipeline.run(CASSETTES / "cpu" / "matrix.yaml", options("cpu", first.run.folder.parent))
+    again = pipeline.run(CASSETTES / "cpu" / "matrix.yaml", options("cpu", first.run.folder.parent.parent))
     assert [record.finished_at for record in again.records] == [record.finished_at for record in first.records]
     with pytest.raises(HarnessError, match="do not mix"):
         first.run.begin(first.run.plan(), backend="local", box="venv", environments=[])
@@ -160,9 +160,25 @@ def test_a_cassette_that_lacks_a_planned_case_says_which(tmp_path: Path) -> None
 
 def test_cassettes_are_small_and_tell_nothing_of_the_machine_they_were_recorded_on() -> None:
     files = [path for path in CASSETTES.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert sum(path.stat().st_size for path in files) < 1_250_000
     for path in files:
         text = path.read_text()
         assert not re.search(r"/(?:work|tmp|root|home|opt|mnt)/", text), path
         assert not re.search(r"GPU-(?!00000000)[0-9a-f]{8}-", text), path
         assert not re.search(r"(?<![\d.\"])(?:10|172|192\.168)\.\d+\.\d+\.\d+", text), path
+
+
+def test_two_gpus_each_hold_half_of_a_sharded_model(replayed: dict[str, pipeline.Result]) -> None:
+    (record,) = replayed["h200x2-fsdp"].records
+    assert record.last
+    ranks = record.last.observation.ranks
+    assert len(ranks) == 2
+    summary = summarize(record)
+    assert summary
+    assert summary.train
+    assert summary.train.peak
+    whole, load = 17.8e9, [phase.allocated_bytes for phase in summary.train.memory if phase.phase == "load"]
+    assert load
+    assert all(one and one < 0.75 * whole for one in load), "no rank holds the whole model, at load either"
+    assert summary.train.peak.allocated_bytes is not None
+    assert summary.train.peak.allocated_bytes < whole

@@ -233,3 +233,17 @@ def test_a_kill_after_a_time_out_is_of_whoever_ended_the_rest_in_any_file(tmp_pa
     assert of(tmp_path, **files, **{"launcher.log": late}).failure_class == "coll_timeout"
     early = late.replace("00:57:20", "00:50:20")
     assert of(tmp_path, **files, **{"launcher.log": early}).failure_class == "oom_host"
+
+
+def test_one_file_of_a_whole_job_is_no_ranks_whatever_its_name_tells(tmp_path: Path) -> None:
+    for name, rank in (("assertion-of-rank6.log", None), ("rank_6.log", 6), ("stderr.6", 6)):
+        (tmp_path / name).write_text("step 4 loss 2.0\nValueError: odd\n")
+        found = triage([tmp_path / name])
+        assert (found.culprit.rank if found.culprit else None) == rank
+
+
+def test_one_file_of_a_whole_job_is_no_hosts_whatever_its_name_tells(tmp_path: Path) -> None:
+    for name, host in (("asked-for-gpus-only-1.log", None), ("node-12.log", "node-12")):
+        (tmp_path / name).write_text("OSError: [Errno 98] Address already in use\n")
+        found = triage([tmp_path / name])
+        assert (found.culprit.host if found.culprit else None) == host

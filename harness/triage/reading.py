@@ -34,6 +34,7 @@ _RANK_IN_NAME = re.compile(
     r"(?:attempt_\d+/(?P<a>\d{1,6})/|(?:^|[/._-])rank[_.-]?(?P<b>\d{1,6})(?=[._/-]|$)|/(?P<c>\d{1,6})/std(?:err|out)|std(?:err|out)\.(?P<d>\d{1,6})$"
     r"|_r(?P<e>\d{1,6})(?=\.)|(?:events|trace|dump|nccl_trace_rank_)\.?rank(?P<f>\d{1,6}))"
 )
+_ONLY_A_RANK = re.compile(r"(?:[a-z]{1,12}[_.-]?)?rank[_.-]?\d{1,6}(?:[_.-][a-z]{1,10}){0,3}|std(?:err|out)\.\d{1,6}")
 _HOST_IN_NAME = re.compile(
     r"(?:^|[/._-])(?P<host>(?:node|host|worker|gpu|ip|nid|pod)-?[\w-]{0,60}\d[\w-]{0,40})(?=[./]|$)"
 )
@@ -48,10 +49,14 @@ class Source:
     name: str
     open: Callable[[], IO[bytes]]
     size_bytes: int
+    alone: bool = False
+    """Given by itself: it may hold all ranks, so that only a name that tells a rank and nothing else is believed."""
 
     @property
     def rank(self) -> int | None:
         """The rank whose file it is, as its name says."""
+        if self.alone and not _ONLY_A_RANK.fullmatch(self.name):
+            return None
         found = list(_RANK_IN_NAME.finditer(self.name))[-1:]
         return int(next(group for group in found[0].groups() if group)) if found else None
 
@@ -59,6 +64,8 @@ class Source:
     def host(self) -> str | None:
         """The host whose file it is, as its name says."""
         found = _HOST_IN_NAME.search(self.name)
+        if found and self.alone and found["host"] != self.name.partition(".")[0]:
+            return None
         return found["host"] if found else None
 
     def blocks(self) -> Iterator[bytes]:
@@ -88,7 +95,7 @@ def sources(paths: Sequence[Path]) -> Iterator[Source]:
             if index >= MAX_FILES:
                 break
             name = str(file.relative_to(base)) if path.is_dir() else file.name
-            yield from _opened(name, file)
+            yield from _opened(name, file, len(paths) == 1 and not path.is_dir())
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -117,7 +124,7 @@ def _errors_and_ends(path: Path) -> IO[bytes]:
         return io.BytesIO(b"".join(line if any(word in line for word in told) else b"\n" for line in lines))
 
 
-def _opened(name: str, file: Path) -> Iterator[Source]:
+def _opened(name: str, file: Path, alone: bool) -> Iterator[Source]:
     try:
         with open(file, "rb") as start:
             head = start.read(_START_BYTES)
@@ -128,7 +135,7 @@ def _opened(name: str, file: Path) -> Iterator[Source]:
     if _is_tar(file, unpack, head):
         yield from _members(name, file)
     else:
-        yield Source(name, functools.partial(unpack or _plain, file), size)
+        yield Source(name, functools.partial(unpack or _plain, file), size, alone)
 
 
 def _plain(path: Path) -> IO[bytes]:

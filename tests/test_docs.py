@@ -42,3 +42,9 @@ def test_every_verb_stands_in_the_readme() -> None:
 def test_every_link_leads_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"(?<![\w/.<>-])(?:matrices|tools|tests|images|reports|harness)/[\w./-]*\w", README))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

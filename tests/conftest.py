@@ -19,12 +19,19 @@ from typing import Any
 
 import hypothesis
 import pytest
+from fakes.stub_run import Bench, stubbed
 
 ROOT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """A matrix whose jobs are stubs."""
+    return stubbed(tmp_path, monkeypatch)
 
 
 # ---------------------------------------------------------------- services

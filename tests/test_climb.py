@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from fakes import stub_box
-from fakes.stub_run import MATRIX, Bench, failure, status
+from fakes.stub_run import MATRIX, Bench, failure, status, stubbed
 
-from harness import boxes, frontier, host, pipeline, store
+from harness import frontier, host, pipeline, store
 from harness.schema import Gpu, Record, TrainCase
 from harness.session import Options
 
@@ -26,12 +26,9 @@ SEARCH = ON_GPU + "train:\n  - {method: lora, seq_len: {from: 64, to: 1024, step
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
     gpus = (Gpu(index=0, name="GPU", uuid="GPU-0", total_bytes=2**34),)
     monkeypatch.setattr(host, "gpus", lambda: (gpus, "580.0"))
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(tmp_path, box)
+    return stubbed(tmp_path, monkeypatch)
 
 
 def train(record: Record) -> TrainCase:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import stub_box
-from fakes.stub_run import FOUR, FULL, MATRIX, MIXED, Bench, status
+from fakes.stub_run import FOUR, FULL, MATRIX, MIXED, Bench, status, stubbed
 from rich.console import Console
 
-from harness import boxes, cli, evidence, host, pipeline
+from harness import cli, evidence, host, pipeline
 from harness.errors import HarnessError
 from harness.report import terminal
 from harness.schema import Environment, Gpu, TrainCase, case_id
@@ -23,10 +22,7 @@ GPU_CASES += "  - {method: lora, seq_len: 64, memory_cap_gib: [24, null]}\n"
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(tmp_path / "first", box)
+    return stubbed(tmp_path / "first", monkeypatch)
 
 
 def again(bench: Bench, where: str = "second") -> Bench:

@@ -6,21 +6,11 @@ import errno
 from pathlib import Path
 
 import pytest
-from fakes import stub_box
 from fakes.stub_run import FOUR, FULL, MIXED, ONE_GPU, Bench, failure, status
 
-from harness import boxes, host, pipeline, schema, store
+from harness import host, pipeline, schema, store
 from harness.errors import HarnessError
 from harness.schema import Gpu, Record
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(tmp_path, box)
-
 
 # ---------------------------------------------------------------- one record each
 

@@ -16,24 +16,12 @@ from typing import Any
 import pytest
 from fakes import stub_box
 from fakes.stub_jobs import wait_for
-from fakes.stub_run import FOUR, MIXED, Bench, status
+from fakes.stub_run import FOUR, MIXED, Bench, status, stubbed
 
-from harness import boxes, pipeline
+from harness import pipeline
 from harness.errors import HarnessError
 
 SLOW = [("*", {"step_s": 60, "helper": True})]
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return stubbed(tmp_path, monkeypatch)
-
-
-def stubbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(folder, box)
 
 
 Harness = Callable[..., subprocess.Popen[str]]

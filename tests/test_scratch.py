@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import stub_box
 from fakes.stub_run import MATRIX, Bench, failure, status
 
-from harness import boxes, host, launch, pipeline, schema, store
+from harness import host, launch, pipeline, schema, store
 from harness.backends.slurm import script, site
 from harness.backends.slurm.backend import Slurm
 from harness.schema import Command, TrainCase, case_id
@@ -20,14 +19,6 @@ from harness.schema import Command, TrainCase, case_id
 SLOW = MATRIX + "train:\n  - {method: lora, seq_len: 64, stall: 1, ladder: nccl}\n"
 LOCAL = MATRIX + "train:\n  - {method: lora, seq_len: 64, checkpoints: local}\n"
 SHARED_MEMORY = Path("/dev/shm")
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(tmp_path, box)
 
 
 @pytest.fixture

@@ -7,23 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import stub_box
 from fakes.stub_run import FOUR, MATRIX, Bench, failure, status
 
-from harness import boxes, launch, observe, pipeline
+from harness import launch, observe, pipeline
 from harness.errors import HarnessError
 from harness.schema import Record, TrainCase, case_id
 
 LENGTHS = MATRIX + "train:\n  - {method: lora, seq_len: [64, 128, 256, 512]}\n"
 SHARED = "shared-*"
-
-
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    box = stub_box.StubBox()
-    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
-    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
-    return Bench(tmp_path, box)
 
 
 def case(**fields: Any) -> TrainCase:

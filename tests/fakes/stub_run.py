@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from fakes import stub_box
 
-from harness import pipeline, store
+from harness import boxes, pipeline, store
 from harness.backends import processes
 from harness.schema import Record
 from harness.session import Options
@@ -75,6 +76,14 @@ class Bench:
             if where and Path(where).is_relative_to(self.folder.resolve()) and not process.ended:
                 found.append(process.name)
         return found
+
+
+def stubbed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Runs in `folder` whose box `stub` starts stubs, looked after without delay."""
+    box = stub_box.StubBox()
+    monkeypatch.setitem(boxes.REGISTRY, "stub", lambda _: box)
+    monkeypatch.setattr(pipeline, "POLL_S", 0.02)
+    return Bench(folder, box)
 
 
 def status(records: tuple[Record, ...] | list[Record]) -> Counter[str]:

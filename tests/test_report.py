@@ -442,6 +442,13 @@ def test_what_fits_which_card_is_what_ran_and_what_ran_out(named: dict[str, Reco
     assert headline.cards(rows[:2])["rows"] == [], "one card used whole, and nothing ran out: no table"
 
 
+def test_an_answer_says_by_which_options_it_was_reached(named: dict[str, Record]) -> None:
+    gpu = named["gpu"]
+    rows = entries("run", [on(gpu, "NVIDIA H200", activation_checkpointing=False, micro_batch=2)])
+    fastest = next(one for one in headline.answers(rows) if one.question.startswith("Fastest training"))
+    assert "batch 2, no checkpointing" in fastest.because
+
+
 def test_a_server_is_drawn_by_what_it_gives_at_which_latency(named: dict[str, Record]) -> None:
     drawn = figures.trade_off(entries("run", [named["serve_1"], named["serve_4"]]))
     assert drawn

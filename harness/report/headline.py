@@ -14,7 +14,7 @@ from harness.report.compare import NEWLY_FAILED, Compared, without_repeat
 from harness.report.entry import Entry, ReportRun, fits, full_label, number_label, peak_row, verdict
 from harness.report.parts import when
 from harness.report.sections import environment_row
-from harness.report.setups import gpu_name, place
+from harness.report.setups import gpu_name, options, place
 from harness.report.words import MISSING, TIMES, Cell, digits, ms, one_line, plural, size
 from harness.schema import Provenance
 from harness.summary import spread
@@ -193,7 +193,7 @@ def _how(row: Entry) -> str:
     case = row.training
     assert case is not None
     held = "" if row.cap_gib is None else f", {fits(row.cap_gib)}"
-    return f"{case.method}, seq {case.seq_len:,}, {place(case)}{held}"
+    return ", ".join(filter(None, (case.method, f"seq {case.seq_len:,}", place(case), options(case)))) + held
 
 
 MAIN_MEASURES = ("training throughput", "peak allocated", "output throughput", "TTFT p50", "TPOT p50", "energy",

@@ -33,7 +33,7 @@ Cases = dict[str, list[dict[str, Any]]]
 ANY: Cases = YAML(typ="safe").load(Path(__file__).parent / "signatures" / "any.yaml")
 FURTHER: list[Cases] = [
     YAML(typ="safe").load(Path(__file__).parent / "signatures" / f"{name}.yaml")
-    for name in ("hosts", "devices", "setup")
+    for name in ("hosts", "devices", "setup", "excerpts")
 ]
 CASES = [
     (name, index, case)

@@ -12,8 +12,9 @@ from harness.schema import LogVerdict
 from harness.triage import recorder, sieve
 from harness.triage.facts import Facts
 from harness.triage.gather import Gatherer
-from harness.triage.judge import Files, judge
+from harness.triage.judge import judge
 from harness.triage.reading import Source, sources
+from harness.triage.told import Files
 
 BINARY_SHARE = 0.02
 """Of control bytes in a file's first block: beyond it the file is no text."""

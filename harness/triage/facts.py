@@ -65,6 +65,8 @@ class Facts:
     sized: dict[str, dict[int, tuple[tuple[str, ...], int, str]]] = field(default_factory=dict)
     """Sentences with a size in them: template -> rank -> its numbers, line, text."""
     crashes: list[Event] = field(default_factory=list)
+    broken_off: Event | None = None
+    """The last frame of a traceback whose error does not follow, where nothing shows that the run went on."""
     failed: set[int] = field(default_factory=set)
     """Ranks that torchrun lists as failed."""
     closed: set[str] = field(default_factory=set)

@@ -57,6 +57,7 @@ class Gatherer:
         self._stopping = False
         self._after_frame: tuple[int, str | None] = (0, None)
         """The line of a frame, and how the next one begins if it is the frame's source, without numbers."""
+        self._last_frame: tuple[int, str, words.Who] = (0, "", words.Who())
         self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
         self._launched = Launched(self.facts)
         self._coloured = words.Who()
@@ -70,6 +71,7 @@ class Gatherer:
         for number, line in kept:
             self.take(number, line)
         self._launched.close()
+        self._broken_off()
         for mark in self.facts.marks.values():
             mark.text = quote(mark.text)
         return self.facts
@@ -135,6 +137,7 @@ class Gatherer:
         if self._asked("frame", words.FRAME, text):
             self._stack(speaker).append(words.as_python_says(text[:500]))
             self._after_frame = (number, words.before_frame(text))
+            self._last_frame = (number, text, speaker)
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)
@@ -161,6 +164,18 @@ class Gatherer:
     def _context(self, text: str, speaker: words.Who) -> str:
         frames = self._frames.get(speaker.key) or ()
         return "\n".join([*(frames or (self._phase,)), text])
+
+    def _broken_off(self) -> None:
+        """Keep the last frame of a traceback whose error is not there; of one frame alone nothing is made."""
+        number, text, speaker = self._last_frame
+        frames = self._frames.get(speaker.key) or ()
+        after = [*(mark.line for mark in self.facts.marks.values()), *(end[0] for end in self.facts.good_ends)]
+        if sum("line " in one for one in frames) < 2 or any(line > number for line in after):
+            return
+        context = "\n".join(frames)
+        found = next((one for one in signatures() if one.any == _ANY_ERROR and one.suits(context)), None)
+        name = found.failure_class if found else "app_exception"
+        self.facts.broken_off = self._made(found, name, "initiating", number, text, speaker, None)
 
     # ------------------------------------------------------------ events
 
@@ -293,7 +308,7 @@ class Gatherer:
 
 def _calm(text: str) -> bool:
     """Whether a line is an ordinary message, a setting or a command line."""
-    return bool(words.CALM.search(text)) and not words.EXCEPTION.search(text) and "NCCL WARN" not in text
+    return bool(words.CALM.search(text)) and not (words.EXCEPTION.search(text) or words.NCCL_WARNS.search(text))
 
 
 def _advises(text: str) -> bool:
@@ -301,6 +316,8 @@ def _advises(text: str) -> bool:
     return bool(words.ADVICE.search(text)) and not words.EXCEPTION.search(text)
 
 
+_ANY_ERROR = (r"(?:Error|Exception)\b",)
+"""What the signatures that go by the place alone look for."""
 _SAYING = frozenset({"exception", "crash", "telling"})
 _SPENT = Signature.model_validate({"class": "no_failure", "any": ["x"], "role": "advice"})
 """Stands for a signature that was found so often that more of it tells nothing."""

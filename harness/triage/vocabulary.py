@@ -111,6 +111,8 @@ CALM = re.compile(
     r"|--\w[\w-]* \S+ +--\w|Namespace\(|\bargs?[:=]|\w\(.*\w+=.*\w+=.*\w+="
 )
 """Ordinary messages, settings and command lines."""
+NCCL_WARNS = re.compile(r"NCCL WARN|\.(?:cc|cu|h):\d{1,5} WARN ")
+"""NCCL's word for an error; until 2.3 without its name."""
 HEADED = re.compile(r"xception: Traceback \(most recent call last\)")
 BODY = re.compile(
     r"^(?:  +\S|Traceback |(?:[A-Za-z_]\w{0,60}\.){0,8}[A-Z]\w{0,60}(?:Error|Exception)\b"

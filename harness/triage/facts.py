@@ -30,6 +30,8 @@ class Event:
     attempt: int
     kind: str = ""
     """The exception's type; empty where it is no exception."""
+    framed: bool = False
+    """Whether its traceback stands before it."""
 
 
 @dataclass

@@ -57,6 +57,7 @@ class Gatherer:
         self._stopping = False
         self._after_frame: tuple[int, str | None] = (0, None)
         """The line of a frame, and how the next one begins if it is the frame's source, without numbers."""
+        self._last_head: tuple[int, str, words.Who] = (0, "", words.Who())
         self._last_frame: tuple[int, str, words.Who] = (0, "", words.Who())
         self._bars: deque[tuple[int | None, str | None, str | None]] = deque(maxlen=8)
         self._launched = Launched(self.facts)
@@ -135,13 +136,15 @@ class Gatherer:
             self._stack(speaker).append(text[:300])
             return True
         if self._asked("frame", words.FRAME, text):
-            self._stack(speaker).append(words.as_python_says(text[:500]))
+            self._stack(speaker).append(words.as_python_says(text[:500]).replace("\\", "/"))
             self._after_frame = (number, words.before_frame(text))
             self._last_frame = (number, text, speaker)
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
             self._frames.pop(speaker.key, None)
-            return words.NOTEBOOK_HEAD.search(text) is not None
+            named = words.NOTEBOOK_HEAD.search(text) is not None
+            self._last_head = (number, text, speaker) if named else (0, "", speaker)
+            return named
         return False
 
     def _is_source(self, number: int, text: str) -> bool:
@@ -170,10 +173,18 @@ class Gatherer:
         number, text, speaker = self._last_frame
         frames = self._frames.get(speaker.key) or ()
         after = [*(mark.line for mark in self.facts.marks.values()), *(end[0] for end in self.facts.good_ends)]
-        if sum("line " in one for one in frames) < 2 or any(line > number for line in after):
+        if not frames or any(line > number for line in after):
             return
-        context = "\n".join(frames)
-        found = next((one for one in signatures() if one.any == _ANY_ERROR and one.suits(context)), None)
+        if self._last_head[0] and self._last_head[2].key == speaker.key:  # a notebook names the error first
+            number, text, speaker = self._last_head
+            context = self._context(text.split()[0], speaker)
+            fitting = (one for one in signatures() if "log" in one.where and one.pattern.search(text.split()[0]))
+        elif sum("line " in one for one in frames) > 1:
+            context = "\n".join(frames)
+            fitting = (one for one in signatures() if one.any == _ANY_ERROR)
+        else:
+            return
+        found = next((one for one in fitting if one.holds_for(text) and one.suits(context)), None)
         name = found.failure_class if found else "app_exception"
         self.facts.broken_off = self._made(found, name, "initiating", number, text, speaker, None)
 
@@ -198,6 +209,7 @@ class Gatherer:
             self.facts.telling.append((number, text))
         if raised:
             self._frames.pop(speaker.key, None)
+            self._last_head = (0, "", speaker)
 
     def _crash(self, number: int, text: str, speaker: words.Who) -> bool:
         """Whether the line tells of a crash, which is then kept."""
@@ -236,7 +248,7 @@ class Gatherer:
         said, kind = quote(text, at.start() if at else 0), raised["type"] if raised else ""
         gpu = words.gpu_of(text) or speaker.gpu
         return Event(failure_class, role, signature, self.facts.file, number, said, speaker, gpu, self._t,
-                     self.facts.attempts, kind)  # fmt: skip
+                     self.facts.attempts, kind, bool(self._frames.get(speaker.key)))  # fmt: skip
 
     def _keep(self, event: Event) -> None:
         self._begun = True

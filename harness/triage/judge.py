@@ -62,6 +62,12 @@ def _survived(files: Files, event: Event, others: Sequence[Event]) -> bool:
 def _first(files: Files, candidates: Sequence[Event]) -> Event:
     """The first in time; an exception that no signature knows gives way to a known one of the same chain."""
     first = candidates[0]
+    if (
+        first.failure_class.startswith("oom_gpu_")
+        and not first.framed
+        and len({one.who.rank for one in candidates}) > 1
+    ):
+        return next((one for one in candidates if one.framed and one.failure_class.startswith("oom_gpu_")), first)
     for other in candidates:
         near = other.file == first.file and other.line - first.line <= CHAINED_LINES
         if near and other.who.key == first.who.key and _says_more(other, first):
@@ -248,6 +254,12 @@ def _all_steps(facts: Facts) -> bool:
     return facts.total is not None and facts.total[0] >= facts.total[1] > 0
 
 
+def _store_gone(files: Files) -> LogVerdict | None:
+    """Ranks that find the store gone, and nothing else: whoever kept it ended before them."""
+    gone = [one for one in files.events if one.role == "teardown" and "TCPStore" in one.text]
+    return from_event(files, gone[0], "hypothesis", blame.for_lost_peer(gone, files.facts)) if gone else None
+
+
 def _broken_off(files: Files) -> LogVerdict | None:
     """A traceback whose error is not in the log: the place that raised it is all that tells."""
     open_ones = [one for facts in files.facts if (one := facts.broken_off) and one.attempt == facts.attempts]
@@ -262,5 +274,6 @@ def _unknown(files: Files) -> LogVerdict:
 
 RULES: tuple[Callable[[Files], LogVerdict | None], ...] = (
     _kernel, _ended_from_outside, _initiated, _crashed, _recorded, _communication, _weak, _table_only, _passed_on,
-    _soft_crash, _teardown, _fell_silent, _good, _broken_off, _unknown,
+    _soft_crash, _teardown, _fell_silent, _good, _store_gone, _broken_off,
+    _unknown,
 )  # fmt: skip

@@ -36,7 +36,7 @@ CRASH = re.compile(
     r"panicked at |C(?:heck|HECK) failed: |Segmentation fault|[Ss]egfault encountered|SIGSEGV|core dumped"
     r"|Fatal Python error|terminate called after throwing|Caught signal \d+"
     r"|exitcode\s*: -(?:6|11|7|8|4)\b|\b[Ee]xit [Cc]ode:? {1,12}(?:139|134|135|-11)\b|signal 11\b"
-    r"|\bSIGABRT\b|Aborted \("
+    r"|\bSIGABRT\b|Aborted \(|\bSignal: [A-Z][a-z ]{3,40} \(\d{1,2}\)$"
 )
 PHASE = re.compile(
     r"Loading (?:safetensors |pt )?checkpoint shards|Starting to load model|\*{5} Running (?:training"
@@ -137,7 +137,8 @@ PATTERNS = (
     r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
     "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault", "egfault",
-    "SIGSEGV", "SIGABRT", "core dumped", "Fatal Python error", "terminate called", "Caught signal",
+    "SIGSEGV", "SIGABRT", r"Aborted \(", "Signal: ",
+    "core dumped", "Fatal Python error", "terminate called", "Caught signal",
     r"exceptions?\.", r"errors?\.", "CANCELLED", "EADDRINUSE", "Shutting down", "Job step", "exitcode", "signal 11",
     "exit code", "exit status", "checkpoint shards", "Starting to load model", r"\*{5} Running",
     "Saving model checkpoint",

@@ -46,6 +46,8 @@ class Gatherer:
     def __init__(self, file: str, rank: int | None = None, host: str | None = None) -> None:
         self.facts = Facts(file)
         self._rank, self._host = rank, host
+        self._labels = True
+        """Whether what srun or mpirun puts before a line may be a rank."""
         self._frames: dict[str, deque[str]] = {}
         self._phase = ""
         self._t: float | None = None
@@ -71,7 +73,7 @@ class Gatherer:
         """All lines, and what became of them."""
         for number, line in kept:
             self.take(number, line)
-        self._launched.close()
+        self._launched.end()
         self._broken_off()
         for mark in self.facts.marks.values():
             mark.text = quote(mark.text)
@@ -79,8 +81,10 @@ class Gatherer:
 
     def take(self, number: int, line: bytes) -> None:
         """One line; ranks that share it are told apart."""
-        text = line.decode("utf-8", "replace")
-        for piece in _SPLIT.split(text[: 4 * MAX_LINE_CHARS]):
+        text = line.decode("utf-8", "replace")[: 4 * MAX_LINE_CHARS]
+        self._labels = self._labels and not words.other_rank(text)
+        whole = text.replace("\\n", "\r") if text.startswith("{") else text  # a record of JSON may hold a traceback
+        for piece in _SPLIT.split(whole):
             self._coloured = words.Who()
             for part in _COLOUR.split(piece) if "\x1b" in piece else (piece,):
                 if part and not part.isspace():
@@ -90,7 +94,7 @@ class Gatherer:
         facts = self.facts
         self._may = self._relevance.of(text)
         self._stopping = self._stopping or words.SHUTDOWN in text
-        speaker = words.who(text, self._rank, self._host)
+        speaker = words.who(text, self._rank, self._host, labels=self._labels)
         self._t = words.time_of(text) or self._t
         if speaker.rank is None and speaker.key in facts.nccl_ranks:
             speaker = words.Who(speaker.key, facts.nccl_ranks[speaker.key], speaker.host, speaker.gpu)
@@ -135,9 +139,9 @@ class Gatherer:
         if self._is_source(number, text):
             self._stack(speaker).append(text[:300])
             return True
-        if self._asked("frame", words.FRAME, text):
-            self._stack(speaker).append(words.as_python_says(text[:500]).replace("\\", "/"))
-            self._after_frame = (number, words.before_frame(text))
+        if self._asked("frame", words.FRAME, plain := words.unescaped(text)):
+            self._stack(speaker).append(words.as_python_says(plain[:500]).replace("\\", "/"))
+            self._after_frame = (number, words.before_frame(plain))
             self._last_frame = (number, text, speaker)
             return not words.EXCEPTION.search(text)
         if self._asked("traceback", words.TRACEBACK, text):
@@ -227,9 +231,13 @@ class Gatherer:
             self.facts.asked.setdefault(speaker.rank, names[-1])
 
     def _signature(self, text: str, speaker: words.Who) -> Signature | None:
+        """The signature that the line bears; one that only passes on what failed gives way to what the line quotes."""
         context: str | None = None
+        passed: Signature | None = None
         for index, signature in _candidates(self._may):
             if not signature.pattern.search(text) or not signature.holds_for(text):
+                continue
+            if passed and (signature.weak or signature.raised_in or signature.role == "advice"):
                 continue
             spoken_of = kinds()[signature.failure_class].spoken_of
             if signature.role == "initiating" and (_advises(text) or (spoken_of and _calm(text))):
@@ -239,8 +247,11 @@ class Gatherer:
                 if not signature.suits(context):
                     continue
             count = self._counts[index] = self._counts.get(index, 0) + 1
-            return signature if count <= MAX_EVENTS_PER_SIGNATURE else _SPENT
-        return None
+            found = signature if count <= MAX_EVENTS_PER_SIGNATURE else _SPENT
+            if not signature.passes_on:
+                return found
+            passed = passed or found
+        return passed
 
     def _made(self, signature: Signature | None, failure_class: str, role: Role, number: int, text: str,
               speaker: words.Who, raised: re.Match[str] | None) -> Event:  # fmt: skip
@@ -291,15 +302,21 @@ class Gatherer:
             if whole := words.TOTAL.search(text, found.start()):
                 facts.total = (int(whole["step"]), int(whole["of"]))
             bar = (speaker.rank, found["bar"], found["of"])
-            if found["bar"] and bar in self._bars:
-                return  # a bar says its last count once more when an exception closes it
+            again = bar in self._bars
             self._bars.append(bar)
+            if found["bar"] and (again or (found["bar"] != found["of"] and self._closes(number, speaker))):
+                return  # a bar says its last count once more when an exception closes it
             whose = -1 if speaker.rank is None else speaker.rank
             facts.marks[whose] = Mark(step, number, text, self._t, facts.attempts)
         elif speaker.rank is not None and self._asked("sized", _SIZED, text) and len(facts.sized) < 200:
             said = _HEAD.sub("", text)
             of_rank = facts.sized.setdefault(NUMBER.sub("#", said), {})
             of_rank.setdefault(speaker.rank, (tuple(NUMBER.findall(said)), number, text[:QUOTE_CHARS]))
+
+    def _closes(self, number: int, speaker: words.Who) -> bool:
+        """Whether a bar here is only closed by an exception, which its program has just ended with."""
+        last = self.facts.events[-1] if self.facts.events else None
+        return last is not None and bool(last.kind) and last.who.rank == speaker.rank and number - last.line <= 3
 
     def _last_mark(self, text: str) -> re.Match[str] | None:
         """The last progress bar of a line, else its first mark."""

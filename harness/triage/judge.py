@@ -14,7 +14,7 @@ from harness.triage import blame, disagree, recorder
 from harness.triage.blame import NOBODY, Blame
 from harness.triage.facts import Event, Facts, quote
 from harness.triage.signature import kinds
-from harness.triage.survival import survived, troubled_after
+from harness.triage.survival import of_the_program, survived, troubled_after
 from harness.triage.told import MAX_EVIDENCE, Files, as_evidence, from_event, hard_crashes, made
 
 CHAINED_LINES = 150
@@ -91,7 +91,7 @@ def _initiated(files: Files) -> LogVerdict | None:
     if not candidates:
         return None
     first = _first(files, candidates)
-    status: ClaimStatus = "established" if first.signature else "supported"
+    status: ClaimStatus = first.signature.status if first.signature else "supported"
     return from_event(files, first, status)
 
 
@@ -183,8 +183,10 @@ def _stopped_behind(facts: Sequence[Facts], odd: Sequence[int]) -> bool:
 
 def _fell_silent(files: Files) -> LogVerdict | None:
     odd = blame.stopped_early(files.facts)
-    if not odd or any(facts.good_ends for facts in files.facts) or not _stopped_behind(files.facts, odd):
+    if not odd or not _stopped_behind(files.facts, odd):
         return None
+    if any(_all_steps(facts) or of_the_program(end[1]) for facts in files.facts for end in facts.good_ends):
+        return None  # a sentence alone, which a script may say whatever happened, does not make up for silence
     return _silence(files, odd)
 
 
@@ -239,6 +241,8 @@ def _good(files: Files) -> LogVerdict | None:
     if not found:
         return None
     status: ClaimStatus = "established" if ends else "supported"
+    if ends and not any(_believed(facts, end[1]) for facts, end in ends):
+        status = "hypothesis"
     lines = [Evidence(file=facts.file, line=said[0], text=quote(said[1]), role="advice") for facts, said in found[-3:]]
     return made(files, "no_failure", status, NOBODY, lines)
 
@@ -247,6 +251,11 @@ def _at_the_end(facts: Facts, line: int) -> bool:
     """Whether no step follows: what is said to be complete while steps go on is not the run."""
     last = max((mark.line for mark in facts.marks.values() if mark.attempt == facts.attempts), default=0)
     return line >= last or _all_steps(facts)
+
+
+def _believed(facts: Facts, end: str) -> bool:
+    """Whether a good end is the program's own, or nothing shows that steps were still to come."""
+    return facts.total is None or _all_steps(facts) or of_the_program(end)
 
 
 def _all_steps(facts: Facts) -> bool:

@@ -12,6 +12,7 @@ _HOST = re.compile(r"\bhost\s*:\s*([\w.-]{1,200})")
 _EXIT = re.compile(r"\bexitcode\s*:\s*(-?\d{1,3})\b")
 _FAILED_RANK = re.compile(r"(?:^|[^\w.-])rank\s{0,9}:\s{0,3}(\d{1,6}) \(local_rank: \d{1,5}\)")
 _ENDED = re.compile(r"exitcode\s*: -?\d{1,3} \(pid: (\d{1,9})\)")
+_CLOSED = re.compile(r"exitcode\s*: -15\b")
 _EXITED = re.compile(  # what Composer and mpirun say of a rank
     r"[Gg]lobal rank (?P<rank>\d{1,6}) \(PID \d{1,9}\) exited with code (?P<code>-?\d{1,3})\b"
     r"|process rank (?P<process>\d{1,6}) with PID \d{1,9} on node \S{1,200} exited on signal (?P<signal>\d{1,2})\b"
@@ -47,8 +48,17 @@ class Launched:
                 if name == "exit":
                     table |= {"line": str(number), "text": quote(text)}
 
+    def end(self) -> None:
+        """The end of the file: what torchrun ended because a rank had failed was not ended from outside."""
+        self.close()
+        failed = {table[5] for table in self._facts.tables if table[1] not in (None, 0, -15)}
+        self._facts.events = [
+            one for one in self._facts.events
+            if not (one.attempt in failed and one.failure_class == "terminated_external" and _CLOSED.search(one.text))
+        ]  # fmt: skip
+
     def close(self) -> None:
-        """The end of a table, or of the file."""
+        """The end of a table."""
         table, self._table = self._table, None
         if table and "rank" in table:
             code = int(table["exit"]) if "exit" in table else None

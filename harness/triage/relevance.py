@@ -18,7 +18,7 @@ MAX_REMEMBERED = 20_000
 NUMBER = re.compile(r"\d+")
 
 _WORDS: Mapping[str, tuple[str, ...]] = {
-    "frame": ('File "', ".py in ", ".py:# in", ".py:#, in", ".pyx:# in"),
+    "frame": ('File "', 'File \\"', "File &quot;", ".py in ", ".py:# in", ".py:#, in", ".pyx:# in"),
     "traceback": ("Traceback", ".py in "),
     "exception": ("Error", "Exception", "Interrupt", "Exit", "Failure", "Failed", "Timeout", "exceptions.",
     "exception.",

@@ -107,7 +107,7 @@ def _hits(block: bytes, start: int, end: int, dull: set[bytes]) -> Iterator[tupl
         if after_frame or sentence not in dull:
             if after_frame or search(sentence):
                 yield start, stop
-                after_frame = b'File "' in line or b".py: in " in sentence
+                after_frame = b"File " in line or b".py: in " in sentence
             else:
                 dull.add(sentence)
         start = stop + 1

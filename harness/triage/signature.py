@@ -16,6 +16,7 @@ A file is a list. Each entry:
 | kernel | true: the kernel's, driver's or scheduler's own word, which comes before any program's |
 | weak | true: counts only where nothing better is found |
 | culprit | rank (default): whoever reports it first; none: it is no rank's own doing |
+| status | how sure the class is by this alone in any log (default: established) |
 | summary | one sentence; `{...}` names a value of the case; default: that of the class |
 | next | what to change first: the first of these lines whose values the case has; default: those of the class |
 
@@ -34,7 +35,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
-from harness.schema import Frozen, Role
+from harness.schema import ClaimStatus, Frozen, Role
 from harness.triage import checks
 
 FOLDER = Path(__file__).parent / "signatures"
@@ -76,6 +77,7 @@ class Signature(Frozen):
     kernel: bool = False
     weak: bool = False
     culprit: Literal["rank", "none"] = "rank"
+    status: ClaimStatus = "established"
     summary: str
     next: tuple[str, ...] = Field(min_length=1)
 
@@ -119,6 +121,11 @@ class Signature(Frozen):
     def looks_around(self) -> bool:
         """Whether more than the line itself decides."""
         return bool(self.also or self.unless or self.raised_in)
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether it only says that something else failed."""
+        return self.weak and self.role == "cascade" and self.failure_class == "app_exception"
 
     @functools.cached_property
     def place(self) -> re.Pattern[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -16,6 +17,13 @@ _OF_THE_PROGRAM = re.compile(
     r"|exits successfully|End time of|(?:exit|return)(?:ed)?[^\n]{0,12} ?(?:code|status):? ?0\b"
 )
 """Good ends that only the program itself or its launcher says; any other sentence a script may say after a failure."""
+
+
+def of_the_program(end: str) -> bool:
+    """Whether a good end is the program's own word, or its launcher's."""
+    return _OF_THE_PROGRAM.search(end) is not None
+
+
 _UP = re.compile(r"startup complete|fired up")
 _NOTED = re.compile(r"NCCL INFO|\[W\d{3,4} ")
 _OF_A_REQUEST = frozenset({"data_format", "hub_access", "model_unsupported", "serve_kv_cache"})
@@ -39,12 +47,16 @@ def troubled_after(facts: Facts) -> bool:
 
 def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
     """Whether the run went on and ended well, or the server went on answering, after this."""
-    ended = any(line > event.line and attempt == facts.attempts and not WEAK_END.search(text)
-                for line, text, attempt in facts.good_ends)  # fmt: skip
-    by_itself = any(line > event.line and attempt == facts.attempts and _OF_THE_PROGRAM.search(text)
-                    for line, text, attempt in facts.good_ends)  # fmt: skip
+    given_up = _given_up(facts, event)
+    ends = [text for line, text, attempt in facts.good_ends
+            if event.line < line < given_up and attempt == facts.attempts and not WEAK_END.search(text)]  # fmt: skip
+    by_itself = any(map(of_the_program, ends))
     own = facts.marks.get(event.who.rank) if event.who.rank is not None else None
-    on = own.line > event.line if own else any(mark.line > event.line for mark in facts.marks.values())
+    later = {rank for rank, mark in facts.marks.items() if event.line < mark.line < given_up}
+    on = event.who.rank in later if own else bool(later)
+    # A rank's error is not survived because others still step and a script says that all is done.
+    alone = bool(event.kind) and event.who.rank is not None and not {event.who.rank, -1} & later
+    ended = by_itself or (bool(ends) and not alone)
     if event.failure_class == "nan_loss":
         return sum(one.failure_class == "nan_loss" for one in others) == 1 and on
     if event.signature is not None:
@@ -54,6 +66,13 @@ def survived(facts: Facts, event: Event, others: Sequence[Event]) -> bool:
         return False  # the launcher saw just this rank fail: steps of others came after it
     answered = any(line > event.line and "shutdown" not in text for line, text, _ in facts.serving)
     return by_itself or on or answered
+
+
+def _given_up(facts: Facts, event: Event) -> float:
+    """The line after `event` in which a launcher gives up: what comes after it is of another program."""
+    lines = [line for _, code, _, line, _, attempt in facts.tables
+             if code not in (None, 0) and line > event.line and attempt == event.attempt == facts.attempts]  # fmt: skip
+    return min(lines, default=math.inf)
 
 
 def _only_mentioned(facts: Facts, event: Event) -> bool:

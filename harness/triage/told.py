@@ -110,6 +110,8 @@ def made(files: Files, name: str, status: ClaimStatus, whom: Blame, evidence: Se
 
 
 def _summary(text: str, name: str, first: Event | None) -> str:
+    if first and first.signature and first.signature.status != "established":
+        return first.signature.summary
     return f"{text[:-1]}: {first.text[:160]}" if name == "app_exception" and first else text
 
 

@@ -14,7 +14,7 @@ FRAME = re.compile(
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|\.py in \w{1,100}\(")
 NOTEBOOK_HEAD = re.compile(r"^\W{0,20}\w{1,80} {2,}Traceback \(most recent call last\)\W*$")
 """IPython names the error before its traceback too, when the frames are not known yet."""
-CPP_FRAME = re.compile(r"^(?:\W{0,20}\[?[\w ]{1,30}\]?:\s?){0,3}\W{0,20}frame #\d{1,4}: ")
+CPP_FRAME = re.compile(r"^[^\"\n]{0,120}?(?<![\w#])frame #\d{1,4}: ")
 """A line of PyTorch's C++ stack, which names classes of errors without being one."""
 CUT_FRAME = re.compile(r"\.pyx?:\d{1,6} in\W*$")
 """A frame of rich's whose function stands in the next line."""
@@ -89,8 +89,10 @@ GOOD_END = re.compile(
 NEGATED = re.compile(
     r"(?:\bnot|n.t|\bnever|\bcannot|\bbefore|\bif) (?:\w{1,20} ){0,3}(?:complet|finish|success|succeed|run"
     r"|passed|done|saved)"
+    r"|\b(?:[Cc]lean-?(?:up|ing)|[Uu]pload\w*|[Ss]ync\w*|[Cc]opy(?:ing)?|rsync|[Aa]rchiv\w*|[Ee]pilog\w*|[Pp]rolog\w*)\b"
+    r"[^\n]{0,80}(?:[Cc]omplete|[Ff]inish|[Ss]uccess|[Ss]ucceed|done|code|status)"
 )
-"""What turns a good end into its opposite."""
+"""What turns a good end into its opposite, or tells that it is of a chore around the run."""
 WEAK_END = re.compile(
     r"wandb: (?:\S{1,4} )?(?:View run |Synced |You can sync this run)|^(?:All )?[Dd]one ?[.!]{0,3}$"
     r"|^(?:[Tt]est|TEST|[Ff]inal|FINAL)\b[^\n]{0,40}(?:[Aa]ccuracy|[Pp]erplexity|F1|BLEU|ROUGE|[Ss]core)\b"
@@ -134,7 +136,7 @@ PATTERNS = (
     "Logging error ---", '"kind":"end"',
     "BadZipFile", "Expired: ", "OutOfResources", "NotFound: ", "Unavailable: ", "Unsupported: ", "Mismatch: ",
     "Denied: ", "Exceeded: ", r"\.exc\.",
-    r'File "', r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
+    r'File "', r'File \\"', "File &quot;", r"\.py in ", r"\.py:1 in\b", r"\.py:1, in\b", r"\.pyx:1 in\b",
     "Traceback", "Error", "Exception", "Interrupt:?", "Failure", "Timeout",
     "Segmentation fault", "egfault",
     "SIGSEGV", "SIGABRT", r"Aborted \(", "Signal: ",
@@ -181,11 +183,16 @@ _RANK = re.compile(
     r"\[(?:(?:rank|Rank|RANK)[ :=]?|default)(?P<a>\d{1,6})\]|\bRank (?P<b>\d{1,6})\]"
     r"|\(\w*[Ww]orker\w*[^)\n]{0,60}?\brank=(?P<c>\d{1,6})"
     r"|\(Worker(?:_[A-Z]+\d+)*_TP(?P<d>\d{1,5})|[ \[]TP(?P<e>\d{1,5})(?: EP\d+)?\]"
-    r"|^\s{0,4}(?P<f>\d{1,5}):(?=\s{1,12}\S)"
-    r"|\[\d{1,4},(?:mpirank:)?(?P<g>\d{1,6})(?:,[\w-]{1,40})?\]<std"
     r"|^(?:RANK|Rank|rank)[ _=:]{1,2}(?P<h>\d{1,6})\b|\brank[=:](?P<i>\d{1,6})\b"
     r"|\"rank\": ?(?P<j>\d{1,6})\b"
 )
+_OWN_RANK = re.compile(r"\[rank(?P<a>\d{1,6})\]|\[Rank (?P<b>\d{1,6})\]")
+"""How PyTorch names its rank; what a launcher puts before it may count nodes, tasks or the ranks of one node."""
+_LABEL = re.compile(
+    r"^\s{0,4}(?P<a>\d{1,5}):(?=\s{1,12}\S)(?![^\n]{0,160}torch/distributed/elastic/)"
+    r"|\[\d{1,4},(?:mpirank:)?(?P<b>\d{1,6})(?:,[\w-]{1,40})?\]<std"
+)
+"""How srun and mpirun label a task, which may be a launcher of several ranks: it counts where no rank is named."""
 _PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.:a-f]{3,45}))?\)")
 _NCCL = re.compile(r"(?P<host>[\w.-]{1,200}):(?P<pid>\d{1,9}):\d{1,9} \[(?P<gpu>\d{1,3})\] ")
 _HOST = re.compile(
@@ -202,14 +209,27 @@ _GPU = re.compile(
 _HEAD_CHARS = 260
 
 
-def who(line: str, file_rank: int | None = None, file_host: str | None = None) -> Who:
-    """Who says `line`, else whose file it stands in."""
+def other_rank(line: str) -> bool:
+    """Whether a launcher labels `line` with another number than the rank that it names: then labels are no ranks."""
+    label = _LABEL.match(line)
+    rank = (_OWN_RANK.search(line, 0, _HEAD_CHARS) or _RANK.search(line, 0, _HEAD_CHARS)) if label else None
+    return rank is not None and _first(rank) != _first(label)
+
+
+def who(line: str, file_rank: int | None = None, file_host: str | None = None, *, labels: bool = True) -> Who:
+    """Who says `line`, by a launcher's label too if `labels` are ranks, else whose file it stands in."""
     head = line[:_HEAD_CHARS]
-    rank, pid, nccl = _RANK.search(head), _PID.search(head), _NCCL.search(head)
+    rank = _OWN_RANK.search(head) or _RANK.search(head) or (_LABEL.search(head) if labels else None)
+    pid, nccl = _PID.search(head), _NCCL.search(head)
     host = nccl["host"] if nccl else (pid["ip"] if pid and pid["ip"] else _first(_HOST.search(head)))
     key = nccl["host"] + nccl["pid"] if nccl else (pid[0] if pid else (rank[0] if rank else ""))
     number = _first(rank)
     return Who(key, int(number) if number else file_rank, host or file_host, nccl["gpu"] if nccl else None)
+
+
+def unescaped(text: str) -> str:
+    """A line with the quotation marks that JSON and HTML write otherwise."""
+    return text.replace('\\"', '"').replace("&quot;", '"') if '\\"' in text or "&quot;" in text else text
 
 
 def as_python_says(frame: str) -> str:

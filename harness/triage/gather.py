@@ -139,7 +139,7 @@ class Gatherer:
         if self._is_source(number, text):
             self._stack(speaker).append(text[:300])
             return True
-        if self._asked("frame", words.FRAME, plain := words.unescaped(text)):
+        if "frame" in self._may and words.FRAME.search(plain := words.unescaped(text)):
             self._stack(speaker).append(words.as_python_says(plain[:500]).replace("\\", "/"))
             self._after_frame = (number, words.before_frame(plain))
             self._last_frame = (number, text, speaker)

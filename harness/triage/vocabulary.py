@@ -209,17 +209,28 @@ _GPU = re.compile(
 _HEAD_CHARS = 260
 
 
+def _named(head: str) -> re.Match[str] | None:
+    """The rank that a program names; a search only where its words stand, for this is asked of every line."""
+    own = _OWN_RANK.search(head) if "[rank" in head or "[Rank" in head else None
+    return own or _RANK.search(head)
+
+
+def _label(head: str) -> re.Match[str] | None:
+    """A launcher's label, which stands at the start except for mpirun's."""
+    return _LABEL.search(head) if "<std" in head else _LABEL.match(head)
+
+
 def other_rank(line: str) -> bool:
     """Whether a launcher labels `line` with another number than the rank that it names: then labels are no ranks."""
-    label = _LABEL.match(line)
-    rank = (_OWN_RANK.search(line, 0, _HEAD_CHARS) or _RANK.search(line, 0, _HEAD_CHARS)) if label else None
+    label = _label(line[:_HEAD_CHARS])
+    rank = _named(line[:_HEAD_CHARS]) if label else None
     return rank is not None and _first(rank) != _first(label)
 
 
 def who(line: str, file_rank: int | None = None, file_host: str | None = None, *, labels: bool = True) -> Who:
     """Who says `line`, by a launcher's label too if `labels` are ranks, else whose file it stands in."""
     head = line[:_HEAD_CHARS]
-    rank = _OWN_RANK.search(head) or _RANK.search(head) or (_LABEL.search(head) if labels else None)
+    rank = _named(head) or (_label(head) if labels else None)
     pid, nccl = _PID.search(head), _NCCL.search(head)
     host = nccl["host"] if nccl else (pid["ip"] if pid and pid["ip"] else _first(_HOST.search(head)))
     key = nccl["host"] + nccl["pid"] if nccl else (pid[0] if pid else (rank[0] if rank else ""))

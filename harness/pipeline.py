@@ -247,12 +247,12 @@ def _again(work: Work, attempts: Sequence[Attempt]) -> bool:
 
 def _what_is_left(session: Session, work: Work, attempts: Sequence[Attempt], not_begun: tuple[Case, ...]) -> Work:
     """A new attempt at what an ended process leaves; what shared it and came to its end keeps its numbers."""
-    pairs = list(zip(work.cases, attempts, strict=True))
-    done = [(case, attempt) for case, attempt in pairs if shares(work) and attempt.diagnosis is None]
-    _keep(session, replace(work, cases=tuple(case for case, _ in done)), [attempt for _, attempt in done])
-    left = [(case, attempt) for case, attempt in pairs if (case, attempt) not in done]
-    lost = (*work.lost, _without_numbers(left[0][1]))
-    return next_work(session, tuple(case for case, _ in left) + not_begun, work.attempt, lost)
+    of = dict(zip(work.cases, attempts, strict=True))
+    left = tuple(case for case in work.cases if of[case].diagnosis or not shares(work))
+    done = tuple(case for case in work.cases if case not in left)
+    _keep(session, replace(work, cases=done), [of[case] for case in done])
+    lost = (*work.lost, _without_numbers(of[left[0]]))
+    return next_work(session, left + not_begun, work.attempt, lost)
 
 
 def _keep(session: Session, work: Work, attempts: Sequence[Attempt]) -> None:

@@ -121,7 +121,7 @@ def training(found: Sequence[Measured]) -> list[str]:
     lengths = sorted({length for cells in lines.values() for length in cells if length.bit_count() == 1})
     odd = any(length not in lengths for cells in lines.values() for length in cells)
     columns = ["variant", "method", "GPUs", "GPU", *(f"{length:,}:" for length in lengths), *["other lengths"] * odd]
-    rows = [[*row, *(_train_cell(cells.get(length, [])) for length in lengths),
+    rows = [[*row, *(_cell(_train_numbers, cells.get(length, [])) for length in lengths),
              *[_other_lengths(cells, lengths)] * odd] for row, cells in lines.items()]  # fmt: skip
     about = (f"by tokens per sample: peak allocated GiB on one GPU / tokens/s of all GPUs. ~: the step time's CV is "
              f"{NOISY:.0%} or more. Several records: the largest peak, median and range of the speeds.")  # fmt: skip
@@ -129,18 +129,19 @@ def training(found: Sequence[Measured]) -> list[str]:
 
 
 def _other_lengths(cells: Mapping[int, Sequence[Measured]], lengths: Sequence[int]) -> str:
-    rest = [f"{length:,}: {_train_cell(of)}" for length, of in cells.items() if length not in lengths]
+    rest = [f"{length:,}: {_cell(_train_numbers, of)}" for length, of in cells.items() if length not in lengths]
     return ", ".join(rest)
 
 
-def _train_cell(found: Sequence[Measured]) -> str:
-    """Peak and speed; of several records the largest peak, and median and range of their speeds."""
+def _cell(numbers: Callable[[Sequence[Record]], str], found: Sequence[Measured]) -> str:
+    """What `numbers` says of the records that were measured, and how the others failed; each linked."""
     ran = [one for one in found if one.record.status == "measured"]
     failed = [one.link(_failure(one.record)) for one in found if one.record.status == "failed"]
-    return " ".join([_linked(ran, _train_numbers([one.record for one in ran])), *failed] if ran else failed)
+    return " ".join([_linked(ran, numbers([one.record for one in ran])), *failed] if ran else failed)
 
 
 def _train_numbers(records: Sequence[Record]) -> str:
+    """Peak and speed; of several records the largest peak, and median and range of their speeds."""
     halves = [summary.train for record in records if (summary := summarize(record)) and summary.train]
     peaks = [half.peak.peak_bytes or 0 for half in halves if half.peak]
     speeds = spread([half.tokens_per_s for half in halves if half.tokens_per_s is not None])
@@ -208,15 +209,9 @@ def serving(found: Sequence[Measured]) -> list[str]:
     loads = sorted({load for cells in lines.values() for load in cells})
     columns = ["variant", "served", "GPUs", "tokens in / out", *(f"{load} at once:" for load in loads),
                "KV cache tokens:", "ready after s:"]  # fmt: skip
-    rows = [[*row, *(_serve_cell(cells.get(load, [])) for load in loads), *_server_cells(cells)]
+    rows = [[*row, *(_cell(_serve_numbers, cells.get(load, [])) for load in loads), *_server_cells(cells)]
             for row, cells in lines.items()]  # fmt: skip
     return _table("Serving,", "by requests at once: median TTFT ms / median TPOT ms / output tokens/s.", columns, rows)
-
-
-def _serve_cell(found: Sequence[Measured]) -> str:
-    ran = [one for one in found if one.record.status == "measured"]
-    failed = [one.link(_failure(one.record)) for one in found if one.record.status == "failed"]
-    return " ".join([_linked(ran, _serve_numbers([one.record for one in ran])), *failed] if ran else failed)
 
 
 def _serve_numbers(records: Sequence[Record]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from ruamel.yaml import YAML
 from harness import launch
 from harness.catalog import nearest, variant
 from harness.errors import HarnessError
-from harness.schema import Culprit, DeviceType, EnvironmentName, Frozen, Job, TrainCase
+from harness.schema import Culprit, DeviceType, EnvironmentName, Frozen, Job, TrainCase, asked_for
 
 FILE = Path(__file__).parent / "faults.yaml"
 SPARE_S = 20.0
@@ -119,11 +118,10 @@ def faults() -> tuple[Fault, ...]:
 
 def chosen(only: str | None, device: DeviceType) -> tuple[Fault, ...]:
     """Those of a device whose name fits one of the shell patterns in `only`, which commas part."""
-    patterns = only.split(",") if only else ["*"]
     found = [one for one in faults() if one.device == device]
-    kept = tuple(one for one in found if any(fnmatch.fnmatch(one.name, pattern) for pattern in patterns))
+    kept = tuple(one for one in found if asked_for(one.name, only))
     if not kept:
-        meant = nearest(patterns[0], [one.name for one in found])
+        meant = nearest((only or "").split(",")[0], [one.name for one in found])
         raise HarnessError(f"no fault for {device} is called {only!r}{meant}", "harness drill --list names them")
     return kept
 

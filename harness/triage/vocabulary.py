@@ -197,7 +197,6 @@ _PID = re.compile(r"\((?P<name>[A-Za-z_]\w{0,60}) pid=\d{1,9}(?:, ip=(?P<ip>[\d.
 _NCCL = re.compile(r"(?P<host>[\w.-]{1,200}):(?P<pid>\d{1,9}):\d{1,9} \[(?P<gpu>\d{1,3})\] ")
 _HOST = re.compile(
     r"\[pod/(?P<a>[\w.-]{1,200})/|srun: error: (?P<b>[\w.-]{1,200}): task|\bON (?P<c>[\w.-]{1,200}) CANCELLED"
-    r""
     r"|^(?P<d>(?![\w.]*(?:Error|Exception|Warning):)[\w.-]*[a-zA-Z][\w.-]*\d[\w.-]*): (?=\S)"
     r"|^[A-Z][a-z]{2} [ \d]\d [\d:]{8} (?P<e>[\w.-]{1,200}) kernel:"
     r"|\bnode=(?P<f>[\w.-]{1,200})|IP: (?P<g>[\d.]{7,15})"
